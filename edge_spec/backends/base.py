@@ -1,0 +1,42 @@
+"""The protocol that every backend implements; `tests/contract.py` is its executable text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from edge_spec.types import Decoded, ModelSpec
+
+
+class CausalLM(Protocol):
+    """A causal language model with one KV cache."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What this model is and can do."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the cache."""
+        ...
+
+    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+        """Append `tokens` to the cache and return the logits of the last `rows` of them, shape [rows, n_vocab].
+
+        `0 <= rows <= min(len(tokens), spec.max_rows)`; rows 0 computes no logits. The view is valid until the next
+        decode. Raises ContextLengthError before anything is cached if the tokens do not fit, BackendError if the
+        library fails (the cache is then undefined: roll back to 0).
+        """
+        ...
+
+    def rollback(self, length: int) -> None:
+        """Keep the first `length` cached tokens (0 <= length <= self.length), forget the rest.
+
+        Raises RollbackUnsupportedError if the backend cannot shorten its cache that far.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the memory back; using the model afterwards is an error. Closing twice is not."""
+        ...

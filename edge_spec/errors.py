@@ -1,0 +1,78 @@
+"""The errors that edge_spec raises.
+
+EdgeSpecError
+├── UsageError (also ValueError)        an argument that cannot be honoured
+├── ModelNotFoundError                  no such name, path or hub reference
+├── DownloadError                       no source could deliver
+├── IntegrityError                      the bytes are not those that the manifest pins
+├── ModelFormatError                    a model file is truncated, hostile or inconsistent
+├── UnsupportedArchitectureError        the file is well formed, but nothing here runs it
+├── BackendUnavailableError             an optional library is missing (the message has the install command)
+├── BackendError                        the backend library failed
+├── VocabMismatchError                  draft and target do not share a vocabulary
+├── ContextLengthError                  the prompt does not fit n_ctx
+├── RollbackUnsupportedError            the backend cannot shorten its cache that far
+└── GenerationCancelled                 the caller asked to stop during prefill
+"""
+
+from __future__ import annotations
+
+
+class EdgeSpecError(Exception):
+    """Base of every error that edge_spec raises on purpose; its message is fit for the user."""
+
+
+class UsageError(EdgeSpecError, ValueError):
+    """An argument is out of range, unknown, or contradicts another one."""
+
+
+class ModelNotFoundError(EdgeSpecError):
+    """A model, pair, path or hub reference that does not exist."""
+
+
+class DownloadError(EdgeSpecError):
+    """Every source of a model failed; the message lists each with its reason."""
+
+
+class IntegrityError(EdgeSpecError):
+    """A file's size or sha256 is not the one that was pinned."""
+
+
+class ModelFormatError(EdgeSpecError):
+    """A model file is not what it claims to be: truncated, empty, of another format, or inconsistent."""
+
+
+class UnsupportedArchitectureError(EdgeSpecError):
+    """The architecture, tensor type or tokenizer of a valid file is not known here; the message names what is."""
+
+
+class BackendUnavailableError(EdgeSpecError):
+    """An optional library is not installed; the message carries the install command."""
+
+
+class BackendError(EdgeSpecError):
+    """A backend library refused or failed a call; raised `from` the library's own error."""
+
+
+class VocabMismatchError(EdgeSpecError):
+    """Draft and target disagree on at least one token, so the draft's ids mean nothing to the target."""
+
+
+class ContextLengthError(EdgeSpecError):
+    """A prompt is longer than the window. `needed` and `n_ctx` are in tokens."""
+
+    def __init__(self, needed: int, n_ctx: int) -> None:
+        self.needed = needed
+        self.n_ctx = n_ctx
+        super().__init__(
+            f"the prompt has {needed} tokens, and a window of {n_ctx} must hold it and at least one new token; "
+            f"raise --ctx (n_ctx=) or shorten the prompt"
+        )
+
+
+class RollbackUnsupportedError(EdgeSpecError):
+    """The backend cannot drop the last cached tokens (recurrent state, or a sliding window that has moved on)."""
+
+
+class GenerationCancelled(EdgeSpecError):
+    """The caller cancelled while the prompt was being read; what was read stays in the cache."""

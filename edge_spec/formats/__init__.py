@@ -1,0 +1,1 @@
+"""Model files: bounded readers that load no weights."""

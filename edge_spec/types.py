@@ -1,0 +1,190 @@
+"""Values that cross module borders. Nothing here imports the rest of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits: TypeAlias = NDArray[np.float32]
+"""Float32 scores, one a vocabulary entry in the last axis."""
+
+Context: TypeAlias = Sequence[int]
+"""The whole sequence that a model has to have read: absolute, never a delta."""
+
+Progress: TypeAlias = Callable[[int, int], bool | None]
+"""Called as `progress(done, total)`; returning False asks to stop."""
+
+
+class FinishReason(str, Enum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    """The model ended its turn."""
+    STOP_STRING = "stop_string"
+    """One of the caller's stop strings appeared; it is not part of the text."""
+    LENGTH = "length"
+    """`max_tokens` were written."""
+    CONTEXT_FULL = "context_full"
+    """The window of n_ctx tokens is full."""
+    CANCELLED = "cancelled"
+    """The caller stopped."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a loaded model is and can do; sizes in bytes, lengths in tokens."""
+
+    name: str
+    architecture: str
+    n_vocab: int
+    """Width of a row of logits (padded tails included)."""
+    n_ctx: int
+    """Length of the cache that was allocated."""
+    n_ctx_train: int
+    """Longest context that the model was trained for."""
+    n_layer: int
+    n_kv_heads: int
+    head_dim: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    max_rows: int
+    """Most positions that one decode can return logits for."""
+    row_alignment: int | None
+    """Decodes are padded to a multiple of this many rows, so that a row's logits do not depend on what else was in
+    the pass (1: none needed). None: no such promise; a row may differ in its last bits from pass to pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Logits of the last `rows` positions of a decode, shape [rows, n_vocab]; a view, valid until the next decode."""
+
+    logits: Logits
+
+
+@dataclass(frozen=True, slots=True)
+class SparseProbs:
+    """A distribution over the vocabulary that is zero outside `ids`.
+
+    `ids`: int64 [k], distinct; `probs`: float64 [k], positive, sum 1.
+    """
+
+    ids: NDArray[np.int64]
+    probs: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A chain of proposed tokens. `q[i]` is the distribution that `tokens[i]` was really sampled from.
+
+    `q` None means that the tokens were not sampled (each q is one-hot): lookups, and a greedy draft model.
+    """
+
+    tokens: list[int]
+    q: list[SparseProbs] | None = None
+    source: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the target made of a draft: the first `num_accepted` tokens stand, then comes `next_token`.
+
+    `next_token` is the recovered token where the draft was cut short, else the bonus token.
+    """
+
+    num_accepted: int
+    next_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. Steps apply in the order of the fields; the defaults of each step do nothing.
+
+    `temperature` 0 is greedy: the most likely token after the penalties.
+    """
+
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the context (CTRL, arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token that was generated."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it was generated."""
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose mass reaches p (arXiv 1904.09751)."""
+    min_p: float = 0.0
+    """Drop tokens less likely than min_p times the most likely one (arXiv 2407.01082)."""
+    seed: int | None = None
+    """Seeds the generator; None draws a fresh seed."""
+
+    def __post_init__(self) -> None:
+        from edge_spec.errors import UsageError
+
+        checks = {
+            "repetition_penalty": self.repetition_penalty > 0,
+            "presence_penalty": -100 <= self.presence_penalty <= 100,
+            "frequency_penalty": -100 <= self.frequency_penalty <= 100,
+            "temperature": 0 <= self.temperature <= 100,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p < 1,
+            "seed": self.seed is None or self.seed >= 0,
+        }
+        for name, ok in checks.items():
+            if not ok:
+                raise UsageError(f"{name}={getattr(self, name)!r} is out of range")
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterStats:
+    """What one drafter did in a generation."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that can be shown now (whole characters), with the ids that were decoded for it (may be several or none)."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationResult:
+    """One finished generation. Times in seconds, sizes in bytes; `ttft_s` leaves out loading, which is `load_s`."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    generated_tokens: int
+    finish_reason: FinishReason
+    load_s: float
+    ttft_s: float
+    decode_tokens_per_s: float
+    total_s: float
+    steps: int
+    drafted: int
+    accepted: int
+    acceptance_rate: float
+    tokens_per_step: float
+    drafters: Mapping[str, DrafterStats]
+    target: str
+    draft: str | None
+    backend: str
+    recipe: str
+    threads: int
+    n_ctx: int
+    peak_rss_bytes: int
+    notes: list[str] = field(default_factory=list)
