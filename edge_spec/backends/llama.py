@@ -1,0 +1,284 @@
+"""The `llama` backend: any GGUF that llama.cpp runs, through the low-level API of llama-cpp-python."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_spec.backends._llama_library import (
+    forget_errors,
+    import_library,
+    last_reason,
+    load_model,
+    read_metadata,
+)
+from edge_spec.errors import (
+    BackendError,
+    ContextLengthError,
+    RollbackUnsupportedError,
+    UnsupportedArchitectureError,
+    UsageError,
+)
+from edge_spec.types import Decoded, Logits, ModelSpec
+
+_DEFAULT_N_CTX = 4096
+_SEQUENCE = 0  # the only sequence in the cache
+_F16_BYTES = 2  # llama.cpp's default type of the KV cache
+
+
+def load(
+    path: Path,
+    *,
+    name: str,
+    n_ctx: int | None = None,
+    threads: int | None = None,
+    max_rows: int = 16,
+    n_batch: int = 512,
+) -> LlamaModel:
+    """Load a GGUF file with a cache of `n_ctx` tokens (default: 4,096, or the model's own limit if smaller).
+
+    `threads` defaults to the physical cores, `max_rows` is the most rows of logits a decode can return, and longer
+    inputs are read in passes of `n_batch` tokens. The weights are mapped, the cache is f16.
+
+    Raises BackendUnavailableError (no library), ModelNotFoundError, ModelFormatError, UnsupportedArchitectureError,
+    UsageError (a value out of range), or BackendError (llama.cpp cannot make a context: memory, as a rule).
+    """
+    for label, value in (("n_ctx", n_ctx), ("threads", threads), ("max_rows", max_rows), ("n_batch", n_batch)):
+        if value is not None and value < 1:
+            raise UsageError(f"{label}={value} must be at least 1")
+    if max_rows > n_batch:
+        raise UsageError(f"max_rows={max_rows} must not exceed n_batch={n_batch}")
+    library = import_library()
+    model = load_model(library, path)
+    try:
+        n_ctx = _choose_n_ctx(library, model, n_ctx, name)
+        _require_plain_decoder(library, model, name)
+        context = _make_context(
+            library,
+            model,
+            n_ctx=n_ctx,
+            threads=threads or _physical_cores(),
+            max_rows=max_rows,
+            n_batch=max(max_rows, min(n_batch, n_ctx)),
+        )
+    except BaseException:
+        library.llama_model_free(model)
+        raise
+    return LlamaModel(library, model, context, _describe(library, model, name, n_ctx, max_rows))
+
+
+class LlamaModel:
+    """A `CausalLM` on one llama.cpp context. Made by `load`; not for use by two threads at once."""
+
+    def __init__(self, library: Any, model: Any, context: Any, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._library = library
+        self._context = context
+        self._memory = library.llama_get_memory(context)
+        self._window = int(library.llama_model_n_swa(model))
+        self._length = 0
+        self._batch = _Batch(library, int(library.llama_n_batch(context)))
+        self._release = weakref.finalize(self, _free, library, context, model)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the cache."""
+        return self._length
+
+    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+        """Append `tokens`; the logits of the last `rows` of them, as a view on llama.cpp's own buffer.
+
+        The view ends with the next decode or close. See `CausalLM.decode` for what is raised; a token outside the
+        vocabulary, an empty input and rows out of range are UsageError.
+        """
+        self._require_open()
+        ids = _checked_ids(tokens, self.spec.n_vocab)
+        if not 0 <= rows <= min(len(ids), self.spec.max_rows):
+            raise UsageError(f"rows={rows} of {len(ids)} tokens, at most {self.spec.max_rows}")
+        if self._length + len(ids) > self.spec.n_ctx:
+            raise ContextLengthError(self._length + len(ids), self.spec.n_ctx)
+        done = 0
+        while len(ids) - done > self._batch.capacity:
+            # The last pass must hold all the rows that are asked for: one pass's logits are one block of memory.
+            width = min(self._batch.capacity, len(ids) - done - max(rows, 1))
+            self._run(ids[done : done + width], 0)
+            done += width
+        self._run(ids[done:], rows)
+        return Decoded(self._logits(len(ids) - done, rows))
+
+    def rollback(self, length: int) -> None:
+        """Keep the first `length` cached tokens.
+
+        Raises RollbackUnsupportedError, with the cache as it was, if the model's state cannot go back that far.
+        """
+        self._require_open()
+        if not 0 <= length <= self._length:
+            raise UsageError(f"rollback to {length}: the cache holds {self._length} tokens")
+        if length == 0:
+            # Also the way out of a failed decode, so it must not depend on what the cache is thought to hold.
+            self._library.llama_memory_clear(self._memory, False)
+        elif length < self._length:
+            self._require_history(length)
+            if not self._library.llama_memory_seq_rm(self._memory, _SEQUENCE, length, -1):
+                raise RollbackUnsupportedError(
+                    f"{self.spec.name}: llama.cpp cannot shorten its cache from {self._length} to {length} tokens"
+                )
+        self._length = length
+
+    def close(self) -> None:
+        """Free context and weights; views on logits end here."""
+        self._release()
+
+    def _run(self, ids: np.ndarray[Any, Any], rows: int) -> None:
+        forget_errors()
+        code = self._library.llama_decode(self._context, self._batch.fill(ids, self._length, rows))
+        if code != 0:
+            cached = self._library.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
+            self._length = max(0, int(cached))
+            raise BackendError(
+                f"{self.spec.name}: llama.cpp failed to decode {len(ids)} tokens (code {code}): {last_reason()}"
+            )
+        self._length += len(ids)
+
+    def _logits(self, width: int, rows: int) -> Logits:
+        """Rows of the last pass, [rows, n_vocab], in place."""
+        if rows == 0:
+            return np.empty((0, self.spec.n_vocab), np.float32)
+        first, last = (self._library.llama_get_logits_ith(self._context, index) for index in (width - rows, width - 1))
+        if not first or not last:
+            raise BackendError(f"{self.spec.name}: llama.cpp returned no logits for a row that was asked for")
+        stride = self.spec.n_vocab * ctypes.sizeof(ctypes.c_float)
+        distance = ctypes.addressof(last.contents) - ctypes.addressof(first.contents)
+        assert distance == (rows - 1) * stride, "llama.cpp keeps the rows of one sequence in order"
+        return np.ctypeslib.as_array(first, (rows, self.spec.n_vocab))
+
+    def _require_open(self) -> None:
+        if not self._release.alive:
+            raise BackendError(f"{self.spec.name} is closed")
+
+    def _require_history(self, length: int) -> None:
+        """Refuse where states that the next token attends to are gone, which `llama_memory_seq_rm` would not tell."""
+        oldest_kept = self._library.llama_memory_seq_pos_min(self._memory, _SEQUENCE)
+        oldest_needed = max(0, length - self._window) if self._window else 0
+        if oldest_kept > oldest_needed:
+            raise RollbackUnsupportedError(
+                f"{self.spec.name} keeps its state from position {oldest_kept} on (recurrent, or a sliding window); "
+                f"going back to {length} tokens needs it from {oldest_needed} on: roll back to 0 and read again"
+            )
+
+
+class _Batch:
+    """One reusable `llama_batch` over NumPy arrays: ids at absolute positions, logits for the last rows only."""
+
+    def __init__(self, library: Any, capacity: int) -> None:
+        self.capacity = capacity
+        self._ids = np.zeros(capacity, np.int32)
+        self._positions = np.zeros(capacity, np.int32)
+        self._wanted = np.zeros(capacity, np.int8)
+        self._sequence_counts = np.ones(capacity, np.int32)
+        self._sequence = (ctypes.c_int32 * 1)(_SEQUENCE)
+        one = ctypes.cast(self._sequence, ctypes.POINTER(ctypes.c_int32))
+        self._sequences = (ctypes.POINTER(ctypes.c_int32) * capacity)(*[one] * capacity)
+        self._struct = library.llama_batch(
+            token=self._ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=self._sequence_counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._sequences,
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def fill(self, ids: np.ndarray[Any, Any], start: int, rows: int) -> Any:
+        """The struct for `ids` at positions from `start`, with logits for the last `rows`."""
+        width = len(ids)
+        self._ids[:width] = ids
+        self._positions[:width] = np.arange(start, start + width)
+        self._wanted[: width - rows] = 0
+        self._wanted[width - rows : width] = 1
+        self._struct.n_tokens = width
+        return self._struct
+
+
+def _checked_ids(tokens: Sequence[int], n_vocab: int) -> np.ndarray[Any, Any]:
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or ids.size == 0:
+        raise UsageError("a decode needs at least one token, in one dimension")
+    if ids.dtype.kind not in "iu":
+        raise UsageError(f"token ids are whole numbers, not {ids.dtype}")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= n_vocab:
+        raise UsageError(f"token {low if low < 0 else high} is outside the vocabulary of {n_vocab}")
+    return ids
+
+
+def _physical_cores() -> int:
+    """Physical cores that this process may use: two threads on one core only share its arithmetic units."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, psutil.cpu_count(logical=False) or usable)
+
+
+def _choose_n_ctx(library: Any, model: Any, n_ctx: int | None, name: str) -> int:
+    trained = int(library.llama_model_n_ctx_train(model))
+    if n_ctx is None:
+        return min(_DEFAULT_N_CTX, trained)
+    if n_ctx > trained:
+        raise UsageError(f"n_ctx={n_ctx}: {name} was trained for {trained} tokens")
+    return n_ctx
+
+
+def _require_plain_decoder(library: Any, model: Any, name: str) -> None:
+    encoder_only = not library.llama_model_has_decoder(model)
+    if encoder_only or library.llama_model_has_encoder(model) or library.llama_model_is_diffusion(model):
+        raise UnsupportedArchitectureError(f"{name} is not a causal language model (an encoder, or a diffusion model)")
+
+
+def _make_context(library: Any, model: Any, *, n_ctx: int, threads: int, max_rows: int, n_batch: int) -> Any:
+    params = library.llama_context_default_params()
+    params.n_ctx = n_ctx
+    params.n_batch = params.n_ubatch = n_batch
+    params.n_threads = params.n_threads_batch = threads
+    params.n_seq_max = 1
+    params.swa_full = True  # a window cut short could not be rolled back
+    # More outputs than announced abort the process, and by default logits for a whole batch are reserved.
+    params.n_outputs_max = params.n_outputs_max_per_seq = max_rows
+    forget_errors()
+    context = library.llama_init_from_model(model, params)
+    if not context:
+        raise BackendError(f"llama.cpp cannot make a context of {n_ctx} tokens: {last_reason()}; lower --ctx (n_ctx=)")
+    return context
+
+
+def _describe(library: Any, model: Any, name: str, n_ctx: int, max_rows: int) -> ModelSpec:
+    architecture = read_metadata(library, model, "general.architecture") or "unknown"
+    n_layer = int(library.llama_model_n_layer(model))
+    n_kv_heads = int(library.llama_model_n_head_kv(model))
+    n_head = max(1, int(library.llama_model_n_head(model)))
+    head_dim = int(library.llama_model_n_embd(model)) // n_head
+    key_dim = int(read_metadata(library, model, f"{architecture}.attention.key_length") or head_dim)
+    value_dim = int(read_metadata(library, model, f"{architecture}.attention.value_length") or head_dim)
+    return ModelSpec(
+        name=name,
+        architecture=architecture,
+        n_vocab=int(library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))),
+        n_ctx=n_ctx,
+        n_ctx_train=int(library.llama_model_n_ctx_train(model)),
+        n_layer=n_layer,
+        n_kv_heads=n_kv_heads,
+        head_dim=key_dim,
+        weight_bytes=int(library.llama_model_size(model)),
+        kv_bytes_per_token=n_layer * n_kv_heads * (key_dim + value_dim) * _F16_BYTES,
+        max_rows=max_rows,
+        row_alignment=None,
+    )
+
+
+def _free(library: Any, context: Any, model: Any) -> None:
+    library.llama_free(context)
+    library.llama_model_free(model)

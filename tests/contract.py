@@ -1,0 +1,286 @@
+"""The laws of `CausalLM`, one suite for every backend.
+
+A backend's test file subclasses `CausalLMContract` and overrides the fixture `make_model`:
+
+    class TestFake(CausalLMContract):
+        @pytest.fixture
+        def make_model(self) -> MakeModel:
+            return lambda n_ctx: FakeLM(n_ctx=n_ctx)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar, TypeAlias
+
+import numpy as np
+import pytest
+
+from edge_spec.backends.base import CausalLM
+from edge_spec.errors import ContextLengthError, EdgeSpecError, UsageError
+from edge_spec.types import Logits
+
+MakeModel: TypeAlias = Callable[[int], CausalLM]
+"""Loads the model with a cache of so many tokens; always the same model."""
+
+N_CTX = 64
+
+
+class CausalLMContract:
+    """Every test method is a law. Class attributes say what a backend is allowed to differ in."""
+
+    atol: ClassVar[float] = 1e-4
+    """How far a logit may move from pass to pass where `row_alignment` is None (and no argmax may change)."""
+    misuse: ClassVar[type[Exception]] = UsageError
+    """What an argument out of range raises."""
+
+    @pytest.fixture
+    def make_model(self) -> MakeModel:
+        """Override: the way to load a model."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def open_model(self, make_model: MakeModel) -> Iterator[MakeModel]:
+        """`make_model`, with every model closed at the end."""
+        opened: list[CausalLM] = []
+
+        def open_one(n_ctx: int) -> CausalLM:
+            opened.append(make_model(n_ctx))
+            return opened[-1]
+
+        yield open_one
+        for model in opened:
+            model.close()
+
+    @pytest.fixture
+    def model(self, open_model: MakeModel) -> CausalLM:
+        """An empty model with a cache of `N_CTX` tokens."""
+        return open_model(N_CTX)
+
+    def assert_same(self, model: CausalLM, left: Logits, right: Logits) -> None:
+        """Equal as far as the model promises: to the bit, or nearly with the same argmax."""
+        atol = self.atol if model.spec.row_alignment is None else 0
+        np.testing.assert_allclose(left, right, rtol=0, atol=atol)
+        assert np.array_equal(left.argmax(-1), right.argmax(-1))
+
+    # What a model says of itself
+
+    def test_the_spec_is_of_the_cache_that_was_asked_for(self, model: CausalLM) -> None:
+        spec = model.spec
+        assert spec.n_ctx == N_CTX
+        assert spec.n_ctx_train >= N_CTX
+        assert min(spec.n_vocab, spec.n_layer, spec.n_kv_heads, spec.head_dim, spec.max_rows) >= 1
+        assert spec.kv_bytes_per_token >= 1
+        assert spec.row_alignment is None or spec.row_alignment >= 1
+        assert model.length == 0
+
+    # Decoding
+
+    def test_decode_appends(self, model: CausalLM) -> None:
+        model.decode(draw(model, 5))
+        assert model.length == 5
+        model.decode(draw(model, 1))
+        assert model.length == 6
+
+    @pytest.mark.parametrize("rows", [0, 1, 2, 5])
+    def test_logits_have_one_row_for_each_position_asked_for(self, model: CausalLM, rows: int) -> None:
+        logits = model.decode(draw(model, 7), rows=rows).logits
+        assert logits.shape == (rows, model.spec.n_vocab)
+        assert logits.dtype == np.float32
+        assert np.isfinite(logits).all()
+
+    def test_max_rows_rows_can_be_had(self, model: CausalLM) -> None:
+        rows = min(model.spec.max_rows, N_CTX)
+        assert model.decode(draw(model, rows), rows=rows).logits.shape[0] == rows
+
+    def test_rows_are_the_last_positions_in_order(self, model: CausalLM) -> None:
+        tokens = draw(model, 9)
+        rows = model.decode(tokens, rows=4).logits.copy()
+        for row, end in zip(rows, range(6, 10), strict=True):
+            self.assert_same(model, row[None], read(model, tokens[:end]))
+
+    def test_the_next_token_depends_on_the_whole_context(self, model: CausalLM) -> None:
+        tokens = draw(model, 12)
+        first, *rest = tokens
+        other = [(first + 1) % model.spec.n_vocab, *rest]
+        assert not np.array_equal(read(model, tokens), read(model, other))
+        assert not np.array_equal(read(model, tokens), read(model, tokens[1:]))
+
+    @pytest.mark.parametrize("width", [1, 2, 3, 7, 20])
+    def test_reading_in_chunks_equals_reading_at_once(self, model: CausalLM, width: int) -> None:
+        tokens = draw(model, 30)
+        whole = read(model, tokens)
+        model.rollback(0)
+        for start in range(0, 30, width):
+            last = model.decode(tokens[start : start + width]).logits.copy()
+        self.assert_same(model, last, whole)
+
+    def test_any_sequence_of_integers_will_do(self, model: CausalLM) -> None:
+        tokens = draw(model, 6)
+        expected = read(model, tokens)
+        for other in (tuple(tokens), np.array(tokens), np.array(tokens, np.int32)):
+            model.rollback(0)
+            self.assert_same(model, model.decode(other).logits, expected)  # type: ignore[arg-type]
+
+    # Rolling back
+
+    @pytest.mark.parametrize("kept", [0, 1, 2, 7, 19])
+    def test_rollback_then_decode_equals_a_fresh_read(self, model: CausalLM, kept: int) -> None:
+        tokens, wrong = draw(model, 20), draw(model, 20, seed=1)
+        fresh = read(model, tokens)
+        model.rollback(0)
+        model.decode(tokens[:kept] + wrong[kept:])
+        model.rollback(kept)
+        assert model.length == kept
+        self.assert_same(model, model.decode(tokens[kept:]).logits, fresh)
+
+    def test_rollback_to_the_length_changes_nothing(self, model: CausalLM) -> None:
+        tokens = draw(model, 8)
+        uninterrupted = read(model, tokens)
+        model.rollback(0)
+        model.decode(tokens[:7])
+        model.rollback(7)
+        assert model.length == 7
+        self.assert_same(model, model.decode(tokens[7:]).logits, uninterrupted)
+
+    def test_rollback_of_an_empty_cache_to_0_is_allowed(self, model: CausalLM) -> None:
+        model.rollback(0)
+        assert model.length == 0
+
+    @pytest.mark.parametrize("length", [-1, 6, 1000])
+    def test_rollback_out_of_range_is_refused(self, model: CausalLM, length: int) -> None:
+        model.decode(draw(model, 5))
+        with pytest.raises(self.misuse):
+            model.rollback(length)
+        assert model.length == 5
+
+    def test_speculation_leaves_no_trace(self, model: CausalLM) -> None:
+        """Drafts that are rejected, over and over, at every length: what follows is as if they had never been."""
+        tokens, wrong = draw(model, 24), draw(model, 24, seed=2)
+        plain = read(model, tokens)
+        model.rollback(0)
+        for position in range(24):
+            width = 1 + position % 4
+            model.decode(tokens[position : position + 1] + wrong[:width], rows=min(width, model.spec.max_rows))
+            model.rollback(position + 1)
+        model.rollback(23)
+        self.assert_same(model, model.decode(tokens[23:]).logits, plain)
+
+    # The window
+
+    def test_the_window_can_be_filled_to_the_last_token(self, model: CausalLM) -> None:
+        model.decode(draw(model, N_CTX - 1))
+        model.decode(draw(model, 1))
+        assert model.length == N_CTX
+
+    @pytest.mark.parametrize(("cached", "added"), [(0, N_CTX + 1), (10, N_CTX - 9), (N_CTX, 1), (10, 5000)])
+    def test_what_does_not_fit_is_refused_before_anything_is_cached(
+        self, model: CausalLM, cached: int, added: int
+    ) -> None:
+        tokens = draw(model, N_CTX)
+        if cached:
+            model.decode(tokens[:cached])
+        with pytest.raises(ContextLengthError) as caught:
+            model.decode(draw(model, added))
+        assert (caught.value.needed, caught.value.n_ctx) == (cached + added, N_CTX)
+        assert model.length == cached
+        if 0 < cached < N_CTX:
+            going_on = model.decode(tokens[cached : cached + 1]).logits.copy()
+            self.assert_same(model, going_on, read(model, tokens[: cached + 1]))
+
+    # Misuse
+
+    def test_more_rows_than_tokens_are_refused(self, model: CausalLM) -> None:
+        with pytest.raises(self.misuse):
+            model.decode(draw(model, 2), rows=3)
+        assert model.length == 0
+
+    def test_rows_out_of_range_are_refused(self, model: CausalLM) -> None:
+        for rows in (-1, model.spec.max_rows + 1):
+            with pytest.raises(self.misuse):
+                model.decode(draw(model, min(model.spec.max_rows + 1, N_CTX)), rows=rows)
+        assert model.length == 0
+
+    def test_tokens_outside_the_vocabulary_are_refused(self, model: CausalLM) -> None:
+        for token in (-1, model.spec.n_vocab, 2**31, 2**40, -(2**63)):
+            with pytest.raises(self.misuse):
+                model.decode([1, token, 1])
+        assert model.length == 0
+
+    def test_the_first_and_last_token_of_the_vocabulary_are_allowed(self, model: CausalLM) -> None:
+        assert np.isfinite(model.decode([0, model.spec.n_vocab - 1]).logits).all()
+
+    def test_an_empty_decode_is_refused(self, model: CausalLM) -> None:
+        with pytest.raises(self.misuse):
+            model.decode([], rows=0)
+
+    # Life
+
+    def test_closing_twice_is_allowed(self, model: CausalLM) -> None:
+        model.decode(draw(model, 3))
+        model.close()
+        model.close()
+
+    def test_a_closed_model_says_so(self, model: CausalLM) -> None:
+        tokens = draw(model, 3)
+        model.close()
+        with pytest.raises(EdgeSpecError, match="closed"):
+            model.decode(tokens)
+
+    def test_logits_stand_until_the_next_decode(self, model: CausalLM) -> None:
+        view = model.decode(draw(model, 9), rows=3).logits
+        taken = view.copy()
+        model.rollback(4)
+        assert np.array_equal(view, taken)
+
+    def test_two_models_do_not_disturb_each_other(self, open_model: MakeModel) -> None:
+        one, two = open_model(N_CTX), open_model(N_CTX)
+        left, right = draw(one, 12), draw(one, 12, seed=1)
+        alone = read(one, left), read(one, right)
+        one.rollback(0)
+        for position in range(12):
+            ours = one.decode(left[position : position + 1]).logits
+            theirs = two.decode(right[position : position + 1]).logits
+        self.assert_same(one, ours, alone[0])
+        self.assert_same(one, theirs, alone[1])
+
+    def test_loading_again_gives_the_same_model(self, open_model: MakeModel) -> None:
+        one, two = open_model(N_CTX), open_model(N_CTX)
+        tokens = draw(one, 12)
+        assert np.array_equal(read(one, tokens), read(two, tokens))
+
+    def test_the_size_of_the_cache_does_not_change_the_logits(self, model: CausalLM, open_model: MakeModel) -> None:
+        tokens = draw(model, 12)
+        self.assert_same(model, read(model, tokens), read(open_model(N_CTX // 2), tokens))
+
+    # The promise behind exact speculation
+
+    def test_a_row_is_the_same_to_the_bit_in_every_pass(self, model: CausalLM) -> None:
+        """For passes of 1 to 9 tokens, behind prefixes of several lengths, and after rollbacks."""
+        if model.spec.row_alignment is None:
+            pytest.skip("this backend does not promise it")
+        tokens, wrong = draw(model, 40), draw(model, 40, seed=1)
+        expected = {}
+        for position in range(40):
+            expected[position] = model.decode(tokens[position : position + 1]).logits[0].copy()
+        for prefix in (0, 1, 8, 17, 30):
+            for width in range(1, min(9, model.spec.max_rows) + 1):
+                model.rollback(prefix)
+                model.decode(wrong[:width], rows=width)
+                model.rollback(prefix)
+                logits = model.decode(tokens[prefix : prefix + width], rows=width).logits
+                for row in range(width):
+                    assert np.array_equal(logits[row], expected[prefix + row]), (prefix, width, row)
+            model.rollback(0)
+            model.decode(tokens[:31], rows=0)
+
+
+def draw(model: CausalLM, count: int, *, seed: int = 0) -> list[int]:
+    """Random tokens of the model's vocabulary; the same for the same arguments."""
+    return [int(token) for token in np.random.default_rng(seed).integers(0, model.spec.n_vocab, count)]
+
+
+def read(model: CausalLM, tokens: list[int]) -> Logits:
+    """The logits after `tokens`, [1, n_vocab], read from nothing in one decode; a copy."""
+    model.rollback(0)
+    return model.decode(tokens).logits.copy()
