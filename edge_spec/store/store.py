@@ -122,6 +122,11 @@ class Store:
         """Every pair that is known."""
         return list(self._catalogue.pairs.values())
 
+    def expand(self, name: str) -> list[str]:
+        """The models that a name stands for: both of a pair, else the name itself."""
+        pair = self._catalogue.pairs.get(name)
+        return [name] if pair is None else [pair.target, pair.draft]
+
     def pull(
         self, ref: str, *, progress: Progress | None = None, note: Note | None = None, verify: bool = False
     ) -> LocalModel:

@@ -1,0 +1,47 @@
+# The commands that people type; .ci/run calls the same ones.
+#
+#   make chat      install, fetch the default pair, talk with it (standard input goes to the chat)
+#   make test      install, fetch the small test model, run the tests
+#   make lint      ruff and mypy
+#   make install   make .venv ready for all of them
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install chat test test-pair lint clean
+
+install: $(VENV)/.core $(VENV)/.dev
+
+# Stamps: an install runs again only when pyproject.toml changes. A half-made environment has no stamp and no pip, and
+# is made anew.
+$(VENV)/.core: pyproject.toml
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 </dev/null || $(PYTHON) -m venv --clear $(VENV) </dev/null
+	$(BIN)/python -m pip install --quiet --editable . </dev/null
+	@touch $@
+
+# llama-cpp-python is compiled from source: a few minutes, once.
+$(VENV)/.dev: pyproject.toml | $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable '.[dev,llama]' </dev/null
+	@touch $@
+
+chat: $(VENV)/.core
+	@$(BIN)/edge-spec pull qwen2.5-coder </dev/null
+	@$(BIN)/edge-spec chat
+
+test: install
+	@$(BIN)/edge-spec pull smollm2-135m </dev/null
+	$(BIN)/python -m pytest -m 'not pair'
+
+# The tests that load the 1.6 GB default pair.
+test-pair: install
+	@$(BIN)/edge-spec pull qwen2.5-coder </dev/null
+	$(BIN)/python -m pytest -m pair
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

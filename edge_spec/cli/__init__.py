@@ -1,0 +1,61 @@
+"""The command line. Each module here is one command; what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from edge_spec.cli.console import error_boundary
+
+app = typer.Typer(
+    name="edge-spec",
+    help="Run language models on the CPU, fast: a small draft proposes tokens, the target verifies them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+COMMANDS = ("pull", "models", "rm", "export", "generate", "chat")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"edge-spec {version('edge-spec')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+for _name in COMMANDS:
+    try:
+        _module = importlib.import_module(f"edge_spec.cli.{_name}")
+    except ModuleNotFoundError as _exc:
+        if not (_exc.name or "").startswith("edge_spec."):
+            raise
+        continue
+    app.command(_name)(getattr(_module, _name))
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line (`sys.argv` if None) and exit with its code.
+
+    0 done, 1 the work failed, 2 bad usage, 130 interrupted.
+    """
+    with error_boundary():
+        app(list(args) if args is not None else None, prog_name="edge-spec")
+    sys.exit(0)

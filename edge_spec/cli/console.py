@@ -1,0 +1,108 @@
+"""What the commands share: notes and progress on standard error, JSON on standard output, errors as exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from edge_spec.errors import EdgeSpecError, UsageError
+from edge_spec.sizes import format_size
+from edge_spec.types import Progress
+
+FAILED = 1
+BAD_USAGE = 2
+INTERRUPTED = 130
+_PLAIN_EVERY_S = 5.0
+
+
+@contextmanager
+def error_boundary() -> Iterator[None]:
+    """Turn an error into one line on standard error and an exit code; a traceback only with EDGE_SPEC_DEBUG set.
+
+    Exceptions that are not ours are mistakes in the program, and pass with their traceback.
+    """
+    try:
+        yield
+    except EdgeSpecError as exc:
+        if os.environ.get("EDGE_SPEC_DEBUG"):
+            traceback.print_exc()
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(BAD_USAGE if isinstance(exc, UsageError) else FAILED)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def print_note(text: str) -> None:
+    """Print a line for the user to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON value to standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def byte_progress(label: str) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+    """A callback that shows bytes done of bytes in all on standard error, and one that prints a note beside it.
+
+    On a terminal it is a bar, which appears with the first bytes; elsewhere a line now and then.
+    """
+    if sys.stderr.isatty():
+        yield from _bar(label)
+    else:
+        yield _plain_lines(label), print_note
+
+
+def _bar(label: str) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True, highlight=False)
+    bar = Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        redirect_stdout=False,
+    )
+    task = bar.add_task(label, total=None, visible=False)
+
+    def update(done: int, total: int) -> None:
+        # The first report may be what an earlier pull left: it must not count as this one's speed.
+        if not bar.tasks[0].visible:
+            bar.reset(task, total=total, completed=done, visible=True)
+        bar.update(task, completed=done, total=total)
+
+    def note(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    with bar:
+        yield update, note
+
+
+def _plain_lines(label: str) -> Progress:
+    last_s = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last_s
+        now = time.monotonic()
+        if now - last_s >= _PLAIN_EVERY_S or done == total:
+            last_s = now
+            print_note(f"{label}: {format_size(done)} of {format_size(total)} ({done / total:.0%})")
+
+    return update
