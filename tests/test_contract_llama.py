@@ -1,4 +1,4 @@
-"""The llama backend obeys the laws of `CausalLM`, on tiny models of two architectures."""
+"""The llama backend obeys the laws of `CausalLM`, on tiny models of two architectures and on a real one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from edge_spec.backends import llama
 from tests.contract import CausalLMContract, MakeModel
+from tests.real_models import smollm2_path
 from tests.tiny_models import write_tiny_gguf
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="the llama extra is not installed")
@@ -28,25 +29,37 @@ def qwen2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gguf(path, architecture="qwen2", tied=False, tensor_type="F16")
 
 
-class TinyLlamaContract(CausalLMContract):
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return smollm2_path()
+
+
+class LlamaContract(CausalLMContract):
     atol = 0.02  # a last bit tips the rounding of a key or value in the f16 cache
 
 
-class TestTinyLlama(TinyLlamaContract):
+class TestTinyLlama(LlamaContract):
     @pytest.fixture
     def make_model(self, llama_path: Path) -> MakeModel:
         return lambda n_ctx: llama.load(llama_path, name="tiny", n_ctx=n_ctx, threads=1)
 
 
-class TestTinyQwen2(TinyLlamaContract):
+class TestTinyQwen2(LlamaContract):
     @pytest.fixture
     def make_model(self, qwen2_path: Path) -> MakeModel:
         return lambda n_ctx: llama.load(qwen2_path, name="tiny", n_ctx=n_ctx, threads=1)
 
 
-class TestTinyInManyPasses(TinyLlamaContract):
+class TestTinyInManyPasses(LlamaContract):
     """Long inputs, split so that the last pass holds every row that is asked for."""
 
     @pytest.fixture
     def make_model(self, llama_path: Path) -> MakeModel:
         return lambda n_ctx: llama.load(llama_path, name="tiny", n_ctx=n_ctx, threads=1, max_rows=6, n_batch=8)
+
+
+@pytest.mark.real
+class TestSmolLM2(LlamaContract):
+    @pytest.fixture
+    def make_model(self, smollm2: Path) -> MakeModel:
+        return lambda n_ctx: llama.load(smollm2, name="smollm2-135m", n_ctx=n_ctx, threads=1)
