@@ -1,0 +1,222 @@
+"""The one loop: draft, decode, verify, append. Plain decoding is this loop with a drafter that proposes nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from edge_spec.decoding.drafter import Drafter, NoDrafter, Request
+from edge_spec.decoding.history import History
+from edge_spec.decoding.sampling import make_sampler
+from edge_spec.decoding.session import Session
+from edge_spec.decoding.verify import verify
+from edge_spec.errors import ContextLengthError, GenerationCancelled, UsageError
+from edge_spec.types import Draft, DrafterStats, FinishReason, Progress, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The tokens that one pass of the target yielded: the accepted drafts and the token after them.
+
+    A stop id is the last of `tokens`; nothing follows it. `tokens` is empty only where the generation was cancelled.
+    """
+
+    tokens: list[int]
+    source: str = "none"
+    """Who drafted; "none" where nothing was drafted."""
+    drafted: int = 0
+    accepted: int = 0
+    finish_reason: FinishReason | None = None
+    """Set on the last step only."""
+
+
+@dataclass(slots=True)
+class DecodeStats:
+    """One generation in figures; times in seconds."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafters: dict[str, DrafterStats] = field(default_factory=dict)
+    """By source; "none" counts the steps without a draft."""
+    prefill_s: float = 0.0
+    """The first step as a whole: reading the prompt, by the draft model too."""
+    draft_s: float = 0.0
+    """Drafting, in the later steps."""
+    target_s: float = 0.0
+    """The target's passes, in the later steps."""
+    own_s: float = 0.0
+    """All else in the later steps: verifying, sampling, bookkeeping."""
+
+    def add(self, step: Step) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.drafted += step.drafted
+        self.accepted += step.accepted
+        before = self.drafters.get(step.source, DrafterStats())
+        self.drafters[step.source] = DrafterStats(
+            before.steps + 1, before.drafted + step.drafted, before.accepted + step.accepted
+        )
+
+    def end_prefill(self) -> None:
+        """What was spent so far was spent on the prompt."""
+        self.prefill_s = self.draft_s + self.target_s + self.own_s
+        self.draft_s = self.target_s = self.own_s = 0.0
+
+
+class SpeculativeDecoder:
+    """Writes what the target of `session` would write alone, with fewer passes where `drafter` guesses well."""
+
+    def __init__(self, session: Session, drafter: Drafter | None = None) -> None:
+        self._session = session
+        self._drafter = drafter or NoDrafter()
+        self.stats = DecodeStats()
+        """Figures of the latest generation; they grow while it runs."""
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        sampling: SamplingParams | None = None,
+        max_tokens: int | None = None,
+        stop_ids: Collection[int] = (),
+        max_draft: int | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Iterator[Step]:
+        """Continue `prompt_ids`; yields every step as soon as it is decided.
+
+        Ends at a stop id (STOP), after `max_tokens` (LENGTH; None: no limit), when prompt and new tokens fill n_ctx
+        (CONTEXT_FULL), or when `cancelled()` turns true or `on_progress(read, to_read)`, called while the prompt is
+        being read, returns False (CANCELLED; takes effect within one step, or one chunk of the prompt).
+        `max_draft` caps the drafts of all drafters. Leaving the iterator early is fine.
+
+        Raises at the call: UsageError, ContextLengthError (the prompt leaves no room for a token).
+        """
+        spec = self._session.spec
+        if not prompt_ids:
+            raise UsageError("the prompt is empty; give it at least one token")
+        if min(prompt_ids) < 0 or max(prompt_ids) >= spec.n_vocab:
+            raise UsageError(f"the prompt has ids outside the vocabulary of {spec.n_vocab}")
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens={max_tokens} is out of range; it must be at least 1")
+        if max_draft is not None and max_draft < 0:
+            raise UsageError(f"max_draft={max_draft} is out of range; 0 drafts nothing")
+        if len(prompt_ids) >= spec.n_ctx:
+            raise ContextLengthError(len(prompt_ids), spec.n_ctx)
+
+        sampling = sampling or SamplingParams()
+        request = Request(
+            sampling=sampling,
+            rng=np.random.default_rng(sampling.seed),
+            prompt_length=len(prompt_ids),
+            n_vocab=spec.n_vocab,
+            stop_ids=frozenset(stop_ids),
+            cancelled=cancelled or _never,
+        )
+        limits = _Limits(
+            n_ctx=spec.n_ctx,
+            max_length=sys.maxsize if max_tokens is None else len(prompt_ids) + max_tokens,
+            max_draft=spec.max_rows - 1 if max_draft is None else min(max_draft, spec.max_rows - 1),
+            stop_ids=request.stop_ids,
+        )
+        self.stats = DecodeStats()
+        return self._steps(History(prompt_ids), request, limits, self.stats, on_progress)
+
+    def _steps(
+        self, history: History, request: Request, limits: _Limits, stats: DecodeStats, on_progress: Progress | None
+    ) -> Iterator[Step]:
+        sampler, lap, finish_reason = make_sampler(request.sampling), _Stopwatch(), None
+        try:
+            self._drafter.start(request)
+            while finish_reason is None:
+                lap()  # what passed since the last step was the caller's time
+                draft = self._propose(history, request, limits)
+                stats.draft_s += lap()
+
+                reading = _until(request.cancelled, on_progress if stats.steps == 0 else None)
+                sequence, num_rows = history.tokens + draft.tokens, len(draft.tokens) + 1
+                decoded = self._session.decode(sequence, rows=num_rows, on_progress=reading)
+                stats.target_s += lap()
+
+                verdict = verify(draft, decoded, sampler, request.rng, history)
+                self._drafter.observe(history.tokens, draft, verdict)
+                tokens = limits.cut([*draft.tokens[: verdict.num_accepted], verdict.next_token])
+                history.extend(tokens)
+                finish_reason = limits.finish_reason(history)
+                accepted = min(verdict.num_accepted, len(tokens))
+                step = Step(tokens, draft.source, len(draft.tokens), accepted, finish_reason)
+                stats.add(step)
+                stats.own_s += lap()
+                if stats.steps == 1:
+                    stats.end_prefill()
+                yield step
+        except GenerationCancelled:
+            yield Step([], finish_reason=FinishReason.CANCELLED)
+
+    def _propose(self, history: History, request: Request, limits: _Limits) -> Draft:
+        if request.cancelled():
+            raise GenerationCancelled("cancelled between two steps")
+        room = limits.room_for_draft(history)
+        draft = self._drafter.propose(history.tokens, room) if room > 0 else Draft([])
+        assert len(draft.tokens) <= room, f"{draft.source} drafted more than the {room} tokens it was asked for"
+        return draft if draft.tokens else Draft([])
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Where a generation ends. Lengths count prompt and new tokens."""
+
+    n_ctx: int
+    max_length: int
+    max_draft: int
+    stop_ids: frozenset[int]
+
+    def room_for_draft(self, history: History) -> int:
+        """How many tokens may be drafted, so that they and the token after them fit."""
+        return max(0, min(self.max_draft, min(self.max_length, self.n_ctx) - len(history) - 1))
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """`tokens` up to and with the first stop id."""
+        for i, token in enumerate(tokens):
+            if token in self.stop_ids:
+                return tokens[: i + 1]
+        return tokens
+
+    def finish_reason(self, history: History) -> FinishReason | None:
+        if history.tokens[-1] in self.stop_ids:
+            return FinishReason.STOP
+        if len(history) >= self.max_length:
+            return FinishReason.LENGTH
+        if len(history) >= self.n_ctx:
+            return FinishReason.CONTEXT_FULL
+        return None
+
+
+class _Stopwatch:
+    """Called, returns the seconds since the last call."""
+
+    def __init__(self) -> None:
+        self._last = perf_counter()
+
+    def __call__(self) -> float:
+        last, self._last = self._last, perf_counter()
+        return self._last - last
+
+
+def _until(cancelled: Callable[[], bool], on_progress: Progress | None) -> Progress:
+    """A progress callback that tells `on_progress` and asks to stop once either wants it."""
+
+    def progress(done: int, total: int) -> bool:
+        wanted = on_progress is None or on_progress(done, total) is not False
+        return wanted and not cancelled()
+
+    return progress
+
+
+def _never() -> bool:
+    return False

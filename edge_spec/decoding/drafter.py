@@ -1,0 +1,65 @@
+"""What the loop asks of a drafter. The drafters themselves are in `edge_spec.drafting`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from edge_spec.types import Context, Draft, SamplingParams, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a drafter may know about the generation that it drafts for."""
+
+    sampling: SamplingParams
+    rng: np.random.Generator
+    """The generation's only source of randomness."""
+    prompt_length: int
+    n_vocab: int
+    """Ids from here on mean nothing to the target."""
+    stop_ids: frozenset[int] = frozenset()
+    """A draft ends after one of these: what would follow is never written."""
+    cancelled: Callable[[], bool] = lambda: False
+    """For a drafter whose work takes long: it raises GenerationCancelled soon after this turns true."""
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens. Guesses cost or save time and never change what is written.
+
+    Inherit from this and write `propose`; the rest has defaults that do nothing.
+    """
+
+    name: str
+
+    def start(self, request: Request) -> None:
+        """Called once before each generation."""
+        return
+
+    def propose(self, context: Context, max_tokens: int) -> Draft:
+        """Up to `max_tokens` (at least 1) tokens that may follow `context`, which must not be changed or kept.
+
+        May return no tokens, which is plain decoding. What was sampled carries its distribution in `Draft.q`.
+        """
+        ...
+
+    def observe(self, context: Context, draft: Draft, verdict: Verdict) -> None:
+        """Called with the fate of each draft, another drafter's too, and the context that it was made for."""
+        return
+
+    def close(self) -> None:
+        """Give the memory back. Closing twice is not an error."""
+        return
+
+
+class NoDrafter(Drafter):
+    """Proposes nothing: plain decoding."""
+
+    name = "none"
+
+    def propose(self, context: Context, max_tokens: int) -> Draft:  # noqa: ARG002 - the protocol's signature
+        """No tokens."""
+        return Draft([])
