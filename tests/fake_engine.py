@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +15,38 @@ import pytest
 
 from edge_spec.errors import EdgeSpecError, GenerationCancelled
 from edge_spec.types import DrafterStats, FinishReason, GenerationResult, Piece, SamplingParams
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")  # Usage errors come in colour where a CI service asks for it.
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*args: str, stdin: str | bytes = "") -> Transcript:
+    """Run `edge-spec` with these arguments in this process; none of its three streams is a terminal."""
+    from edge_spec.cli import main
+
+    given = stdin.encode() if isinstance(stdin, str) else stdin
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
+    keyboard, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(given), encoding="utf-8")
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main(args)
+    finally:
+        sys.stdin = keyboard
+    return Transcript(ended.value.code or 0, _written(out), _ANSI.sub("", _written(err)))
+
+
+def _written(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    assert isinstance(stream.buffer, io.BytesIO)
+    return stream.buffer.getvalue().decode()
 
 
 @dataclass

@@ -10,8 +10,8 @@ from dataclasses import replace
 import typer
 
 from edge_spec.cli import options
+from edge_spec.cli.console import FAILED, INTERRUPTED
 from edge_spec.cli.conversation import Conversation
-from edge_spec.cli.generate import INTERRUPTED
 from edge_spec.cli.options import BackendName, DrafterName
 from edge_spec.cli.progress import ProgressDisplay
 from edge_spec.cli.status import banner, remark, remark_notes
@@ -110,7 +110,7 @@ def _answer_lines(conversation: Conversation) -> None:
         if conversation.interrupted:
             raise typer.Exit(INTERRUPTED)
     if conversation.failed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _stdin_lines() -> Iterator[str]:

@@ -11,14 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from edge_spec.cli import options
+from edge_spec.cli.console import INTERRUPTED
 from edge_spec.cli.options import BackendName, DrafterName
 from edge_spec.cli.progress import ProgressDisplay
 from edge_spec.cli.status import remark, remark_notes, status_line
 from edge_spec.cli.streaming import Outcome, follow, show
 from edge_spec.errors import UsageError
 from edge_spec.types import GenerationResult, SamplingParams
-
-INTERRUPTED = 130
 
 
 def generate(

@@ -1,0 +1,283 @@
+"""`edge-spec generate` by exact transcript, on a scripted engine."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from edge_spec.errors import BackendError, ContextLengthError, VocabMismatchError
+from edge_spec.types import FinishReason, GenerationResult, SamplingParams
+from tests.fake_engine import Answer, FakeEngine, FakeInfo, Transcript, run
+
+FIGURES = "50.0 tokens/s · 75% accepted · 2.50 tokens/step · first token 0.25 s · peak 1.50GiB"
+SETUP = "big + small · onnx · int4 · 2 threads"
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    return FakeEngine(Answer(["Hello", " wor", "ld"])).install(monkeypatch)
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_text_goes_to_stdout_and_the_status_line_to_stderr(engine: FakeEngine) -> None:
+    assert run("generate", "Say hello") == Transcript(0, "Hello world\n", f"{FIGURES} · {SETUP}\n")
+    assert engine.turns == ["Say hello"]
+    assert engine.closed
+
+
+def test_a_text_that_ends_with_a_newline_gets_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine("one\n").install(monkeypatch)
+    assert run("generate", "x").out == "one\n"
+
+
+def test_status_names_the_finish_reason_the_notes_and_a_missing_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Answer(
+        ["a"],
+        finish=FinishReason.LENGTH,
+        notes=("the draft was parked", "another note"),
+        changes={"drafted": 0, "accepted": 0, "acceptance_rate": 0.0, "tokens_per_step": 1.0},
+    )
+    FakeEngine(answer, info=FakeInfo(draft=None, threads=1)).install(monkeypatch)
+    assert run("generate", "x").err == (
+        "50.0 tokens/s · nothing drafted · 1.00 tokens/step · first token 0.25 s · peak 1.50GiB · finished: length · "
+        "big · onnx · int4 · 1 thread\n"
+        "note: the draft was parked\n"
+        "note: another note\n"
+    )
+
+
+def test_json_is_one_object_with_every_field_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(Answer(["Grüße\n"], notes=("n",))).install(monkeypatch)
+    transcript = run("generate", "x", "--json")
+    assert transcript.code == 0
+    assert transcript.err == ""
+    assert transcript.out.count("\n") == 1
+    result = json.loads(transcript.out)
+    assert list(result) == [field.name for field in fields(GenerationResult)]
+    assert result["text"] == "Grüße\n"
+    assert result["finish_reason"] == "stop"
+    assert result["drafters"] == {"model": {"steps": 20, "drafted": 40, "accepted": 30}}
+    assert result["notes"] == ["n"]
+
+
+def test_json_stays_valid_where_a_figure_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(Answer(["a"], changes={"decode_tokens_per_s": float("inf")})).install(monkeypatch)
+    assert json.loads(run("generate", "x", "--json").out)["decode_tokens_per_s"] is None
+
+
+def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
+    run("generate", "x")
+    assert engine.loaded_with == {
+        "pair": None,
+        "target": None,
+        "draft": None,
+        "backend": "onnx",
+        "drafter": "auto",
+        "draft_tokens": None,
+        "recipe": None,
+        "threads": None,
+        "n_ctx": None,
+        "pad_rows": True,
+    }
+    assert engine.options == [
+        {"system": None, "raw": False, "max_tokens": None, "sampling": SamplingParams(), "stop": ()}
+    ]
+
+
+def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
+    load = "--target t.gguf --draft d.gguf --backend llama --drafter model --draft-tokens 5 --recipe exact --threads 3"
+    text = "--system Brief -n 7 --stop A --stop B"
+    sampling = (
+        "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
+        "--frequency-penalty 0.3 --seed 9"
+    )
+    transcript = run("generate", "x", *f"{load} --ctx 99 --no-pad {text} {sampling}".split())
+    assert transcript.code == 0
+    assert engine.loaded_with == {
+        "pair": None,
+        "target": "t.gguf",
+        "draft": "d.gguf",
+        "backend": "llama",
+        "drafter": "model",
+        "draft_tokens": 5,
+        "recipe": "exact",
+        "threads": 3,
+        "n_ctx": 99,
+        "pad_rows": False,
+    }
+    assert engine.options == [
+        {
+            "system": "Brief",
+            "raw": False,
+            "max_tokens": 7,
+            "stop": ("A", "B"),
+            "sampling": SamplingParams(
+                temperature=0.5,
+                top_k=4,
+                top_p=0.9,
+                min_p=0.1,
+                repetition_penalty=1.1,
+                presence_penalty=0.2,
+                frequency_penalty=0.3,
+                seed=9,
+            ),
+        }
+    ]
+
+
+@pytest.mark.parametrize("args", [("-",), ()])
+def test_a_prompt_is_read_from_piped_input(engine: FakeEngine, args: tuple[str, ...]) -> None:
+    assert run("generate", *args, stdin="first\nsecond – ü\n\n").code == 0
+    assert engine.turns == ["first\nsecond – ü"]
+
+
+def test_a_raw_prompt_from_piped_input_is_taken_to_the_letter(engine: FakeEngine) -> None:
+    assert run("generate", "--raw", stdin="def f():\n").code == 0
+    assert engine.turns == ["def f():\n"]
+    assert engine.options[0]["raw"] is True
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "reason"),
+    [
+        (("generate",), "", "the prompt is empty"),
+        (("generate", "-"), " \n", "the prompt is empty"),
+        (("generate", ""), "unread", "the prompt is empty"),
+        (("generate",), b"\xff\xfe", "not UTF-8"),
+        (("generate", "x", "--backend", "cuda"), "", "--backend"),
+        (("generate", "x", "--drafter", "eagle"), "", "--drafter"),
+        (("generate", "x", "--max-tokens", "0"), "", "--max-tokens"),
+        (("generate", "x", "--threads", "0"), "", "--threads"),
+        (("generate", "x", "--ctx", "-5"), "", "--ctx"),
+        (("generate", "x", "--temperature", "warm"), "", "--temperature"),
+        (("generate", "x", "--top-p", "1.5"), "", "top_p=1.5"),
+        (("generate", "x", "--min-p", "1"), "", "min_p=1"),
+        (("generate", "x", "--repetition-penalty", "0"), "", "repetition_penalty=0"),
+        (("generate", "x", "--stop", ""), "", "--stop"),
+        (("generate", "x", "--raw", "--system", "s"), "", "--system"),
+        (("generate", "x", "--pair", "p", "--target", "t"), "", "--pair"),
+        (("generate", "x", "y"), "", "y"),
+        (("generate", "x", "--no-such-option"), "", "--no-such-option"),
+    ],
+)
+def test_bad_usage_exits_with_2_before_anything_loads(
+    engine: FakeEngine, args: tuple[str, ...], stdin: str | bytes, reason: str
+) -> None:
+    transcript = run(*args, stdin=stdin)
+    assert transcript.code == 2
+    assert transcript.out == ""
+    assert reason in transcript.err
+    assert engine.loaded_with is None
+
+
+def test_sampling_options_without_a_temperature_are_not_dropped_in_silence(engine: FakeEngine) -> None:
+    transcript = run("generate", "x", "--top-k", "5", "--seed", "1")
+    assert transcript.err.startswith("note: no effect at temperature 0: --top-k, --seed; set --temperature to sample\n")
+    assert transcript.code == 0
+
+
+@pytest.mark.parametrize(
+    "error", [BackendError("the library failed"), ContextLengthError(5000, 4096), VocabMismatchError("differ at 7")]
+)
+def test_a_failure_while_writing_keeps_the_text_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, error: BackendError
+) -> None:
+    engine = FakeEngine(Answer(["half"], error=error)).install(monkeypatch)
+    transcript = run("generate", "x")
+    assert transcript.code == 1
+    assert transcript.out == "half\n"
+    assert str(error).split(",")[0] in transcript.err
+    assert engine.closed
+
+
+def test_a_failure_under_json_prints_no_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(Answer(["half"], error=BackendError("bad"))).install(monkeypatch)
+    transcript = run("generate", "x", "--json")
+    assert (transcript.code, transcript.out) == (1, "")
+
+
+def test_ctrl_c_keeps_the_text_so_far_prints_the_status_and_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(Answer(["one ", "two", interrupt, " three"])).install(monkeypatch)
+    assert run("generate", "x") == Transcript(130, "one two\n", f"{FIGURES} · finished: cancelled · {SETUP}\n")
+    assert engine.streams[0].cancelled
+    assert engine.closed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_under_json_still_prints_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(Answer(["one", interrupt, "two"])).install(monkeypatch)
+    transcript = run("generate", "x", "--json")
+    assert transcript.code == 130
+    assert json.loads(transcript.out)["text"] == "one"
+    assert json.loads(transcript.out)["finish_reason"] == "cancelled"
+
+
+def test_ctrl_c_while_the_prompt_is_read_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(Answer(["never"], in_prefill=interrupt)).install(monkeypatch)
+    assert run("generate", "x") == Transcript(130, "", "stopped before the prompt had been read\n")
+
+
+def test_a_third_ctrl_c_does_not_wait_for_a_stream_that_will_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hammer() -> None:
+        for _ in range(3):
+            interrupt()
+
+    engine = FakeEngine(Answer(["one", hammer, "two"])).install(monkeypatch)
+    transcript = run("generate", "x")
+    assert (transcript.code, transcript.out) == (130, "one\n")
+    assert engine.closed
+
+
+def test_without_a_terminal_an_export_says_so_in_a_line_and_the_rest_stays_quiet(engine: FakeEngine) -> None:
+    engine.load_progress = [("export big", step, 300) for step in range(301)] + [("load", 0, 1), ("load", 1, 1)]
+    transcript = run("generate", "x")
+    assert transcript.err == f"export big ...\n{FIGURES} · {SETUP}\n"
+
+
+def test_a_terminal_gets_no_control_characters_from_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edge_spec.cli.streaming import AnswerText
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with AnswerText() as answer:
+        answer.write("a\x1b[31mb\a\tc\x9bd\r\x7f")
+    assert capsys.readouterr().out == "a[31mb\tcd\n"
+
+
+def test_a_pipe_gets_the_text_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine("a\x1b[31mb\r\n").install(monkeypatch)
+    assert run("generate", "x").out == "a\x1b[31mb\r\n"
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly() -> None:
+    script = (
+        "import pytest\n"
+        "from tests.fake_engine import Answer, FakeEngine\n"
+        "from edge_spec.cli import main\n"
+        "FakeEngine(Answer(['line\\n'] * 100_000)).install(pytest.MonkeyPatch())\n"
+        "main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "generate", "x"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process, process.stdout, process.stderr:
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode in (0, 1, 141)
