@@ -29,13 +29,16 @@ def fetch(weights: Weights, folder: Path, *, progress: Progress | None, note: No
     temporary, final = partial_path(weights, folder), folder / weights.file
     folder.mkdir(parents=True, exist_ok=True)
     failures: list[SourceError] = []
+    if temporary.exists() and (left := temporary.stat().st_size):
+        note(f"{weights.name}: going on from {format_size(left)}")
     try:
-        for source in weights.sources:
+        for source, following in zip(weights.sources, [*weights.sources[1:], None], strict=True):
             try:
                 _fetch_from(source, weights, temporary, progress, note)
             except SourceError as exc:
                 failures.append(exc)
-                note(f"{source.title}: {exc}")
+                if following is not None:
+                    note(f"{source.title}: {exc}; trying {following.title}")
                 continue
             temporary.replace(final)
             _sync_folder(folder)
@@ -83,8 +86,6 @@ def _fetch_from(source: Source, weights: Weights, temporary: Path, progress: Pro
             resumed = partial.size > 0
             if partial.missing:
                 _check_disk(temporary.parent, partial.missing + source.scratch_bytes, weights.name)
-                if resumed:
-                    note(f"{weights.name}: going on from {format_size(partial.size)}")
                 source.fetch(partial)
             try:
                 partial.verify()
