@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
-import select
 import signal
 import stat
-import subprocess
 import sys
-import textwrap
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +18,7 @@ from edge_spec.cli.prompt import LinePrompt
 from edge_spec.errors import BackendError, ContextLengthError
 from edge_spec.types import FinishReason, SamplingParams
 from tests.fake_engine import Answer, FakeEngine, FakeInfo, Transcript, run
+from tests.pseudo_terminal import Terminal
 
 SETUP = "big + small · onnx · int4 · 2 threads"
 BANNER = f"{SETUP} · window 4096 tokens · loaded in 1.5 s\n"
@@ -257,49 +252,6 @@ def test_a_history_that_cannot_be_kept_is_said_and_costs_nothing_else(
 # A real terminal
 
 
-class Terminal:
-    """A child on a pseudo-terminal of its own; what it shows, without colours and cursor moves."""
-
-    def __init__(self, script: str, home: Path) -> None:
-        import termios
-
-        self._leader, follower = os.openpty()
-        termios.tcsetwinsize(follower, (24, 120))
-        take_terminal = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", take_terminal + textwrap.dedent(script)],
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "EDGE_SPEC_HOME": str(home), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"},
-            start_new_session=True,
-        )
-        os.close(follower)
-        self.shown = ""
-
-    def expect(self, text: str) -> str:
-        """Read on until `text` shows; what was shown up to it."""
-        deadline = time.monotonic() + 20
-        while text not in self.shown:
-            ready, _, _ = select.select([self._leader], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{text!r} did not come after {self.shown!r}"
-            raw = os.read(self._leader, 65536).decode(errors="replace")
-            self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r", "", raw)
-        before, _, self.shown = self.shown.partition(text)
-        return before
-
-    def type(self, keys: str) -> None:
-        os.write(self._leader, keys.encode())
-
-    def leave(self) -> int:
-        try:
-            return self._process.wait(timeout=20)
-        finally:
-            self._process.kill()
-            os.close(self._leader)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_keeps_the_session(tmp_path: Path) -> None:
     script = """
@@ -316,22 +268,22 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_keeps_the_session(tmp_path: P
         engine.install(pytest.MonkeyPatch())
         main(["chat"])
     """
-    terminal = Terminal(script, tmp_path)
-    banner = terminal.expect("Ctrl-D leaves\n")
-    assert BANNER.strip() in banner
-    terminal.expect(">")
-    terminal.type("first\r")
-    terminal.expect("begin")
-    terminal.type("\x03")
-    assert "NEVER" not in terminal.expect("finished: cancelled")
-    terminal.expect(">")
-    terminal.type("half a line\x03second\r")
-    terminal.expect("answer to {}\n")
-    terminal.expect(FIGURES)
-    terminal.expect(">")
-    terminal.type("/stats\r")
-    terminal.expect("2 answers, 2 tokens")
-    terminal.expect(">")
-    terminal.type("\x04")
-    assert terminal.leave() == 0
+    with Terminal(script, tmp_path) as terminal:
+        banner = terminal.expect("Ctrl-D leaves\n")
+        assert BANNER.strip() in banner
+        terminal.expect(">")
+        terminal.type("first\r")
+        terminal.expect("begin")
+        terminal.type("\x03")
+        assert "NEVER" not in terminal.expect("finished: cancelled")
+        terminal.expect(">")
+        terminal.type("half a line\x03second\r")
+        terminal.expect("answer to {}\n")
+        terminal.expect(FIGURES)
+        terminal.expect(">")
+        terminal.type("/stats\r")
+        terminal.expect("2 answers, 2 tokens")
+        terminal.expect(">")
+        terminal.type("\x04")
+        assert terminal.wait() == 0
     assert "second" in (tmp_path / "cache" / "chat_history").read_text()

@@ -14,6 +14,7 @@ import pytest
 from edge_spec.errors import BackendError, ContextLengthError, VocabMismatchError
 from edge_spec.types import FinishReason, GenerationResult, SamplingParams
 from tests.fake_engine import Answer, FakeEngine, FakeInfo, Transcript, run
+from tests.pseudo_terminal import Terminal
 
 FIGURES = "50.0 tokens/s · 75% accepted · 2.50 tokens/step · first token 0.25 s · peak 1.50GiB"
 SETUP = "big + small · onnx · int4 · 2 threads"
@@ -241,6 +242,36 @@ def test_without_a_terminal_an_export_says_so_in_a_line_and_the_rest_stays_quiet
     engine.load_progress = [("export big", step, 300) for step in range(301)] + [("load", 0, 1), ("load", 1, 1)]
     transcript = run("generate", "x")
     assert transcript.err == f"export big ...\n{FIGURES} · {SETUP}\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_on_a_terminal_bars_show_the_export_and_a_long_prompt_and_vanish(tmp_path: Path) -> None:
+    script = """
+        import pytest
+        from tests.fake_engine import Answer, FakeEngine
+        from edge_spec.cli import main
+
+        engine = FakeEngine(Answer(["text"], prefill=[(0, 2000), (1000, 2000), (2000, 2000)]))
+        engine.load_progress = [("export big", 0, 4), ("export big", 3, 4), ("load", 0, 1)]
+        engine.install(pytest.MonkeyPatch())
+        main(["generate", "x"])
+    """
+    with Terminal(script, tmp_path) as terminal:
+        terminal.expect("export big")
+        terminal.expect("reading the prompt")
+        assert terminal.expect("text\n").endswith("\n")
+        assert terminal.expect("\n") == f"{FIGURES} · {SETUP}"
+        assert terminal.wait() == 0
+
+
+def test_without_a_terminal_a_slow_stage_speaks_up_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    from edge_spec.cli.progress import ProgressDisplay
+
+    seconds = iter(range(100))
+    progress = ProgressDisplay(clock=lambda: next(seconds))
+    for done in range(0, 2400, 100):
+        progress.prefill(done, 2400)
+    assert capsys.readouterr().err == "reading the prompt 38% ...\nreading the prompt 79% ...\n"
 
 
 def test_a_terminal_gets_no_control_characters_from_the_model(

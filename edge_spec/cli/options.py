@@ -53,10 +53,13 @@ RecipeOption = Annotated[
     str | None, typer.Option(help="Export recipe (default: what suits the source).", rich_help_panel=_MODEL)
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads (default: the physical cores).", rich_help_panel=_MODEL)
+    int | None, typer.Option(min=1, help="CPU threads (default: as many as pay here).", rich_help_panel=_MODEL)
 ]
 CtxOption = Annotated[
-    int | None, typer.Option("--ctx", min=1, help="Window in tokens (n_ctx).", rich_help_panel=_MODEL)
+    int | None,
+    typer.Option(
+        "--ctx", min=1, help="Window in tokens (default: 4096, or what the model has).", rich_help_panel=_MODEL
+    ),
 ]
 NoPadOption = Annotated[
     bool,
