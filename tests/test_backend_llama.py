@@ -63,21 +63,16 @@ class TestWithLibrary:
         with pytest.raises(ModelNotFoundError, match="nowhere"):
             llama.load(tmp_path / "nowhere.gguf", name="any")
 
-    @pytest.mark.parametrize(
-        ("content", "reason"),
-        [
-            (b"", "magic"),
-            (b"a text, not a model" * 9, "magic"),
-            (b"GGUF", "header"),
-            (b"GGUF\3\0\0\0" + b"\xff" * 99, ""),
-        ],
-    )
-    def test_rubbish_is_a_format_error_with_the_librarys_reason(
-        self, tmp_path: Path, content: bytes, reason: str
-    ) -> None:
+    @pytest.mark.parametrize("content", [b"", b"a text, not a model" * 9, b"GGUF", b"GGUF\3\0\0\0" + b"\xff" * 99])
+    def test_rubbish_is_a_format_error(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "rubbish.gguf"
         path.write_bytes(content)
-        with pytest.raises(ModelFormatError, match=rf"rubbish\.gguf: .*{reason}"):
+        with pytest.raises(ModelFormatError, match="rubbish"):
+            llama.load(path, name="any")
+
+    def test_what_only_llama_cpp_can_tell_is_a_format_error_with_its_reason(self, tmp_path: Path) -> None:
+        path = write_tiny_gguf(tmp_path / "tiny.gguf", **{"llama.feed_forward_length": 1024})
+        with pytest.raises(ModelFormatError, match=r"llama.cpp cannot load tiny.gguf: .*ffn.*wrong shape"):
             llama.load(path, name="any")
 
     @pytest.mark.parametrize("kept", [0.001, 0.5, 0.99])
@@ -127,6 +122,12 @@ class TestWithLibrary:
         assert spec.max_rows == 5
         assert spec.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2  # layers, key and value, heads, width, bytes of f16
         assert 0 < path.stat().st_size - spec.weight_bytes < 20_000
+
+    def test_a_token_takes_the_sum_of_its_layers_in_the_cache(self, tmp_path: Path) -> None:
+        path = write_tiny_gguf(tmp_path / "tiny.gguf", n_layer=3, **{"llama.attention.head_count_kv": [2, 2, 2]})
+        model = llama.load(path, name="tiny", threads=1)
+        assert model.spec.kv_bytes_per_token == (2 + 2 + 2) * 2 * 64 * 2
+        model.close()
 
     @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
     @pytest.mark.parametrize("tensor_type", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K"])

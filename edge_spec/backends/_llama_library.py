@@ -12,7 +12,6 @@ from edge_spec.errors import (
     BackendUnavailableError,
     EdgeSpecError,
     ModelFormatError,
-    ModelNotFoundError,
     UnsupportedArchitectureError,
 )
 
@@ -75,8 +74,6 @@ def last_reason() -> str:
 
 def load_model(library: Any, path: Path) -> Any:
     """The handle of the mapped model file; raises what its reason deserves, in this package's terms."""
-    if not path.is_file():
-        raise ModelNotFoundError(f"no such file: {path}")
     params = library.llama_model_default_params()
     params.n_gpu_layers = 0
     forget_errors()
@@ -92,10 +89,3 @@ def _translated(message: str) -> EdgeSpecError:
     if "alloc" in message or "mmap" in message or "open" in message:
         return BackendError(message)
     return ModelFormatError(message)
-
-
-def read_metadata(library: Any, model: Any, key: str) -> str | None:
-    """A scalar of the file's metadata as text; None if it is absent or an array."""
-    buffer = ctypes.create_string_buffer(256)
-    length = library.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
-    return None if length < 0 else buffer.value.decode(errors="replace")

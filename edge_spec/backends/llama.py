@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from edge_spec.backends._cache_shape import CacheShape
 from edge_spec.backends._llama_library import (
     forget_errors,
     import_library,
     last_reason,
     load_model,
-    read_metadata,
 )
 from edge_spec.errors import (
     BackendError,
@@ -25,11 +25,12 @@ from edge_spec.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
+from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec
 
 _DEFAULT_N_CTX = 4096
 _SEQUENCE = 0  # the only sequence in the cache
-_F16_BYTES = 2  # llama.cpp's default type of the KV cache
+_F16_BYTES = 2  # an element of llama.cpp's KV cache, by default
 
 
 def load(
@@ -55,6 +56,8 @@ def load(
     if max_rows > n_batch:
         raise UsageError(f"max_rows={max_rows} must not exceed n_batch={n_batch}")
     library = import_library()
+    with GGUFFile(path) as file:
+        shape = CacheShape.read(file)
     model = load_model(library, path)
     try:
         n_ctx = _choose_n_ctx(library, model, n_ctx, name)
@@ -70,7 +73,8 @@ def load(
     except BaseException:
         library.llama_model_free(model)
         raise
-    return LlamaModel(library, model, context, _describe(library, model, name, n_ctx, max_rows))
+    spec = _describe(library, model, shape, name=name, n_ctx=n_ctx, max_rows=max_rows)
+    return LlamaModel(library, model, context, spec)
 
 
 class LlamaModel:
@@ -255,27 +259,20 @@ def _make_context(library: Any, model: Any, *, n_ctx: int, threads: int, max_row
     return context
 
 
-def _describe(library: Any, model: Any, name: str, n_ctx: int, max_rows: int) -> ModelSpec:
-    architecture = read_metadata(library, model, "general.architecture") or "unknown"
-    n_layer = int(library.llama_model_n_layer(model))
-    n_kv_heads = int(library.llama_model_n_head_kv(model))
-    n_head = max(1, int(library.llama_model_n_head(model)))
-    head_dim = int(library.llama_model_n_embd(model)) // n_head
-    key_dim = int(read_metadata(library, model, f"{architecture}.attention.key_length") or head_dim)
-    value_dim = int(read_metadata(library, model, f"{architecture}.attention.value_length") or head_dim)
+def _describe(library: Any, model: Any, shape: CacheShape, *, name: str, n_ctx: int, max_rows: int) -> ModelSpec:
     return ModelSpec(
         name=name,
-        architecture=architecture,
+        architecture=shape.architecture,
         n_vocab=int(library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))),
         n_ctx=n_ctx,
         n_ctx_train=int(library.llama_model_n_ctx_train(model)),
-        n_layer=n_layer,
-        n_kv_heads=n_kv_heads,
-        head_dim=key_dim,
+        n_layer=int(library.llama_model_n_layer(model)),
+        n_kv_heads=max(shape.kv_heads),
+        head_dim=shape.key_dim,
         weight_bytes=int(library.llama_model_size(model)),
-        kv_bytes_per_token=n_layer * n_kv_heads * (key_dim + value_dim) * _F16_BYTES,
+        kv_bytes_per_token=shape.elements_per_token * _F16_BYTES,
         max_rows=max_rows,
-        row_alignment=None,
+        row_alignment=None,  # llama.cpp picks its kernels by the number of rows, and their sums differ
     )
 
 
