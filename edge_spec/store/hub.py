@@ -21,7 +21,7 @@ READ_S = 30.0
 """Longest silence in the middle of a download."""
 RETRIES = 3
 """Attempts in a row that may bring no byte before the source is given up."""
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
 
 _REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[^\\:]+\.gguf)", re.IGNORECASE)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
@@ -178,7 +178,8 @@ def _get(url: str, offset: int) -> Iterator[tuple[int, Mapping[str, str], Iterat
 def _body(response: Any) -> Iterator[bytes]:
     with _translated():
         if hasattr(response, "iter_raw"):
-            yield from response.iter_raw(CHUNK_BYTES)
+            # In the pieces that arrive: collecting larger ones would lose what came before a cut.
+            yield from response.iter_raw()
         else:
             yield from response.raw.stream(CHUNK_BYTES, decode_content=False)
 
