@@ -35,7 +35,7 @@ class Drafter(Protocol):
 
     name: str
 
-    def start(self, request: Request) -> None:
+    def start(self, request: Request) -> None:  # noqa: ARG002 - a default that does nothing
         """Called once before each generation."""
         return
 
@@ -46,7 +46,7 @@ class Drafter(Protocol):
         """
         ...
 
-    def observe(self, context: Context, draft: Draft, verdict: Verdict) -> None:
+    def observe(self, context: Context, draft: Draft, verdict: Verdict) -> None:  # noqa: ARG002 - a default
         """Called with the fate of each draft, another drafter's too, and the context that it was made for."""
         return
 

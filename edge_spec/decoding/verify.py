@@ -14,8 +14,8 @@ def verify(draft: Draft, rows: Decoded, sampler: Sampler, rng: np.random.Generat
 
     `rows`: the target's logits, shape [1 + len(draft.tokens), n_vocab]; row i follows `history` and i drafted tokens.
     Greedy: a drafted token stands if it is the target's own choice. Else rejection sampling (arXiv 2211.17192 and
-    2302.01318), which leaves the target's distribution p as it is whatever the draft's q: accept with u < p/q, u uniform
-    in [0, 1); after a rejection draw from the normalised positive part of p - q. `history` is as before on return.
+    2302.01318), which leaves the target's distribution p as it is whatever the draft's q: accept with u < p/q, u drawn
+    from [0, 1); after a rejection draw from the normalised positive part of p - q. `history` is as before on return.
 
     Raises BackendError where the logits are not numbers.
     """
