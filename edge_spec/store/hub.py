@@ -162,7 +162,7 @@ def _get(url: str, offset: int) -> Iterator[tuple[int, Mapping[str, str], Iterat
         session = library.get_session()
         headers = library.build_hf_headers() | {"Range": f"bytes={offset}-", "Accept-Encoding": "identity"}
         # The library's session is one of requests before 1.0, and one of httpx or its successor since.
-        if hasattr(session, "stream"):
+        if callable(session.stream):
             timeout = (CONTACT_S, READ_S, READ_S, CONTACT_S)
             opened = session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True)
         else:
