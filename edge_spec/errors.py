@@ -7,6 +7,7 @@ EdgeSpecError
 ├── IntegrityError                      the bytes are not those that the manifest pins
 ├── ModelFormatError                    a model file is truncated, hostile or inconsistent
 ├── UnsupportedArchitectureError        the file is well formed, but nothing here runs it
+├── StorageError                        the disk is full or cannot be written
 ├── BackendUnavailableError             an optional library is missing (the message has the install command)
 ├── BackendError                        the backend library failed
 ├── VocabMismatchError                  draft and target do not share a vocabulary
@@ -44,6 +45,10 @@ class ModelFormatError(EdgeSpecError):
 
 class UnsupportedArchitectureError(EdgeSpecError):
     """The architecture, tensor type or tokenizer of a valid file is not known here; the message names what is."""
+
+
+class StorageError(EdgeSpecError):
+    """The disk is full, or a folder cannot be written; nothing half-made is left behind."""
 
 
 class BackendUnavailableError(EdgeSpecError):

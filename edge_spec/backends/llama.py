@@ -222,7 +222,7 @@ def _checked_ids(tokens: Sequence[int], n_vocab: int) -> np.ndarray[Any, Any]:
 
 def _physical_cores() -> int:
     """Physical cores that this process may use: two threads on one core only share its arithmetic units."""
-    import psutil
+    import psutil  # type: ignore[import-untyped, unused-ignore]  # its stubs are a package apart
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, psutil.cpu_count(logical=False) or usable)

@@ -142,6 +142,10 @@ class GGUFFile:
         flat = np.frombuffer(self._data, np.uint8, info.n_bytes, info.offset)
         return flat.reshape(*info.shape[:-1], info.row_bytes)
 
+    def slice_bytes(self, start: int, end: int) -> bytes:
+        """A copy of the file's bytes from `start` up to `end`."""
+        return self._data[start:end]
+
     def dequantize(self, name: str, rows: slice | NDArray[np.integer] | None = None) -> NDArray[np.float32]:
         """A tensor's values as float32, in its own shape; `rows` picks along the first of two or more axes.
 

@@ -75,3 +75,4 @@ FIM_NAMES = frozenset(
         "<|middle|>",
     ]
 )
+SPECIAL_NAMES = STOP_NAMES | FIM_STOP_NAMES | FIM_NAMES

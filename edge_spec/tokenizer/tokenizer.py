@@ -13,6 +13,7 @@ from edge_spec.tokenizer import bpe, spm
 from edge_spec.tokenizer.detokenizer import Detokenizer
 from edge_spec.tokenizer.pretokenizers import find
 from edge_spec.tokenizer.special import Shield, SpecialTokens
+from edge_spec.tokenizer.special_names import SPECIAL_NAMES
 from edge_spec.tokenizer.vocabulary import TokenKind, Vocabulary
 
 SUPPORTED_MODELS = ("gpt2", "llama")
@@ -68,10 +69,13 @@ class Tokenizer:
     @classmethod
     def _from_bpe(cls, gguf: GGUFFile) -> Tokenizer:
         family = find(gguf.get_str("tokenizer.ggml.pre", "default"))
-        vocabulary = Vocabulary.from_gguf(gguf, default_bos=None, default_eos=None, add_bos=family.add_bos)
-        encoder = bpe.BytePairEncoder(vocabulary.tokens, gguf.get_strings("tokenizer.ggml.merges"), family)
-        space_prefix = gguf.get_bool("tokenizer.ggml.add_space_prefix", False)
-        if space_prefix:
+        merges = gguf.get_strings("tokenizer.ggml.merges")
+        learned = SPECIAL_NAMES.intersection(merge.replace(" ", "") for merge in merges)
+        vocabulary = Vocabulary.from_gguf(
+            gguf, default_bos=None, default_eos=None, add_bos=family.add_bos, ordinary=learned
+        )
+        encoder = bpe.BytePairEncoder(vocabulary.tokens, merges, family)
+        if gguf.get_bool("tokenizer.ggml.add_space_prefix", False):
             raise UnsupportedArchitectureError(f"{gguf.path.name}: a byte-level vocabulary with a space prefix")
         return cls(vocabulary, encoder, is_spm=False, space_prefix=False, swallow_space=_is_phi3(gguf))
 

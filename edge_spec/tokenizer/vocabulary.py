@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_spec.errors import ModelFormatError
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.tokenizer.special_names import FIM_NAMES, FIM_STOP_NAMES, STOP_NAMES
+from edge_spec.tokenizer.special_names import FIM_NAMES, SPECIAL_NAMES
 
 _ID_KEYS = ("eos", "eot", "eom")
 
@@ -47,9 +47,19 @@ class Vocabulary:
 
     @classmethod
     def from_gguf(
-        cls, gguf: GGUFFile, *, default_bos: int | None, default_eos: int | None, add_bos: bool
+        cls,
+        gguf: GGUFFile,
+        *,
+        default_bos: int | None,
+        default_eos: int | None,
+        add_bos: bool,
+        ordinary: Collection[str] = (),
     ) -> Vocabulary:
-        """Read the token list; the defaults apply where the file does not say. Raises ModelFormatError."""
+        """Read the token list; the defaults apply where the file does not say. Raises ModelFormatError.
+
+        Files often type special tokens as plain ones, so known names count as special, but not those in `ordinary`:
+        the model may have learned `</s>` as a piece of HTML.
+        """
         tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(gguf.get_strings("tokenizer.ggml.tokens"))]
         ids = {token: i for i, token in enumerate(tokens)}
         if not tokens:
@@ -58,13 +68,12 @@ class Vocabulary:
             twice = next(i for i, token in enumerate(tokens) if ids[token] != i)
             raise ModelFormatError(f"{gguf.path}: the token {tokens[twice]!r} appears twice, first as {twice}")
         kinds = _kinds(gguf, len(tokens))
-        named = {i for name in STOP_NAMES if (i := ids.get(name)) is not None}
-        fim_stop = {i for name in FIM_STOP_NAMES if (i := ids.get(name)) is not None}
-        fim = {i for name in FIM_NAMES if (i := ids.get(name)) is not None}
+        special = {name: ids[name] for name in SPECIAL_NAMES if name in ids and name not in ordinary}
         defaults = {"eos": default_eos, "eot": None, "eom": None}
         stop = {name: _special_id(gguf, name, defaults[name], len(tokens)) for name in _ID_KEYS}
-        stop_ids = named | fim_stop | {i for i in stop.values() if i is not None}
-        control = named | fim_stop | fim
+        stop_ids = {i for name, i in special.items() if name not in FIM_NAMES}
+        stop_ids |= {i for i in stop.values() if i is not None}
+        control = set(special.values())
         control |= {i for i, kind in enumerate(kinds) if kind in (TokenKind.CONTROL, TokenKind.UNKNOWN)}
         if _speaks_harmony({tokens[i] for i in stop_ids}):
             stop_ids.discard(ids["<|end|>"])

@@ -1,0 +1,185 @@
+"""ONNX Runtime backend: exports of `edge_spec.export`, with a cache that is written in place.
+
+The cache tensors are bound as past and as present at once, so rolling back is forgetting a length. Every product of an
+export (MatMulNBits) picks its kernel by the number of rows: padding each pass to a multiple of `spec.row_alignment`
+rows keeps a row's logits the same bits whatever was decoded beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.errors import BackendError, ContextLengthError, ModelFormatError, UsageError
+from edge_spec.export import Export
+from edge_spec.formats.gguf import GGUFFile
+from edge_spec.types import Decoded, Logits, ModelSpec
+
+EMBEDDING = "token_embd.weight"
+
+ALIGNMENTS = (1, 2, 4)
+"""Paddings that are worth trying: MatMulNBits works on tiles of up to 4 rows."""
+MAX_ALIGNMENT = ALIGNMENTS[-1]
+
+
+class OnnxModel:
+    """An export on ONNX Runtime; implements `backends.base.CausalLM`.
+
+    `threads` run one operator at a time. Passes are not padded until `align_rows` says so: a pass then costs what its
+    rows cost, and equal bits are not promised.
+    """
+
+    def __init__(self, export: Export, *, name: str, n_ctx: int, threads: int, max_rows: int = 16) -> None:
+        import onnxruntime as ort
+
+        config = export.config
+        self._padding = 1
+        self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
+        max_rows = _round_up(max_rows, MAX_ALIGNMENT)
+        self._spec = ModelSpec(
+            name=name,
+            architecture=config.architecture,
+            n_vocab=config.n_vocab,
+            n_ctx=n_ctx,
+            n_ctx_train=config.n_ctx_train,
+            n_layer=config.n_layer,
+            n_kv_heads=config.n_kv_head,
+            head_dim=config.head_dim,
+            weight_bytes=export.weight_bytes,
+            kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
+            max_rows=max_rows,
+            row_alignment=None,
+        )
+        self._length = 0
+        self._embeddings = GGUFFile(export.source_file)
+        if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
+            raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
+        with _translated(f"loading {name}"):
+            self._session: Any = ort.InferenceSession(
+                str(export.model_file), _session_options(ort, threads), providers=["CPUExecutionProvider"]
+            )
+            self._binding: Any = self._session.io_binding()
+        self._run_options = ort.RunOptions()
+        self._logits: Logits = np.empty((max_rows, config.n_vocab), np.float32)
+        self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
+        self._bind_constants(export)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Sizes and capabilities."""
+        return self._spec
+
+    @property
+    def length(self) -> int:
+        """Cached tokens."""
+        return self._length
+
+    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+        """See `CausalLM.decode`."""
+        self._require_open()
+        n = len(tokens)
+        if not 0 <= rows <= min(n, self._spec.max_rows) or n == 0:
+            raise UsageError(f"{rows} rows of {n} tokens; at most {self._spec.max_rows} rows, and no more than tokens")
+        if self._length + n > self._spec.n_ctx:
+            raise ContextLengthError(self._length + n, self._spec.n_ctx)
+        padded = _round_up(n, self._padding)
+        total = self._length + padded
+        wanted = np.full(_round_up(max(rows, 1), self._padding), n - 1, np.int64)
+        wanted[:rows] = np.arange(n - rows, n)
+        self._bind("embeddings", self._embed(tokens, padded))
+        self._bind("rows", wanted)
+        self._bind("seqlens_k", np.array([total - 1], np.int32))
+        self._bind("total_sequence_length", np.array(total, np.int32))
+        self._bind_output("logits", (1, len(wanted), self._spec.n_vocab), self._logits)
+        with _translated(f"decoding {n} tokens"):
+            self._session.run_with_iobinding(self._binding, self._run_options)
+        self._length += n
+        return Decoded(self._logits[:rows])
+
+    def rollback(self, length: int) -> None:
+        """See `CausalLM.rollback`; any length, at no cost."""
+        if not 0 <= length <= self._length:
+            raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
+        self._length = length
+
+    def align_rows(self, alignment: int | None) -> None:
+        """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all.
+
+        `edge_spec.backends.alignment` finds the smallest one that keeps its promise on a machine.
+        """
+        if alignment is not None and alignment not in ALIGNMENTS:
+            raise UsageError(f"row alignment {alignment}: choose one of {ALIGNMENTS}")
+        self._padding = alignment or 1
+        self._spec = replace(self._spec, row_alignment=alignment)
+
+    def close(self) -> None:
+        """Give the session, the cache and the buffers back."""
+        self._embeddings.close()
+        # The binding points into what is held, and goes first.
+        self._binding = self._session = None
+        self._held.clear()
+        self._logits = np.empty((0, 0), np.float32)
+
+    def _require_open(self) -> None:
+        if self._session is None:
+            raise UsageError(f"{self._spec.name} is closed")
+
+    def _embed(self, tokens: Sequence[int], padded: int) -> NDArray[np.float32]:
+        """Rows of the embedding table, float32 [1, padded, hidden], dequantised from the mapped file; token 0 pads."""
+        ids = np.zeros(padded, np.int64)
+        ids[: len(tokens)] = tokens
+        if ids.min() < 0 or ids.max() >= self._spec.n_vocab:
+            raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
+        return self._embeddings.dequantize(EMBEDDING, ids)[None]
+
+    def _bind_constants(self, export: Export) -> None:
+        """Bind the rotary tables and, each both as past and as present, the cache."""
+        cos, sin = export.config.rope_tables(self._capacity)
+        self._bind("cos", cos)
+        self._bind("sin", sin)
+        shape = (1, self._spec.n_kv_heads, self._capacity, self._spec.head_dim)
+        for layer in range(self._spec.n_layer):
+            for kind in ("key", "value"):
+                cache = np.zeros(shape, np.float32)
+                self._bind(f"past_{kind}.{layer}", cache)
+                self._bind_output(f"{kind}.{layer}", shape, cache)
+
+    def _bind(self, name: str, array: NDArray[Any]) -> None:
+        self._held[name] = array
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _bind_output(self, name: str, shape: tuple[int, ...], array: NDArray[np.float32]) -> None:
+        self._binding.bind_output(name, "cpu", 0, np.float32, shape, array.ctypes.data)
+
+
+def _session_options(ort: Any, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what fails is raised; no need to print it too
+    # Workers that spin on after a run take the cores that the other model's run needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions, which share no base of their own, into BackendError."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented")
+    names += ("RuntimeException", "EngineError", "EPFail", "ModelLoaded")
+    kinds = tuple(kind for name in names if isinstance(kind := getattr(state, name, None), type))
+    try:
+        yield
+    except (*kinds, RuntimeError, ValueError) as exc:
+        raise BackendError(f"ONNX Runtime failed while {doing}: {exc}") from exc

@@ -1,0 +1,263 @@
+"""Make an export, or find the one that was made: a folder with the graph, its weights and what the source said.
+
+  edge_spec.json  what it is: decoder, recipe, source hash, sizes of the other files; written last
+  model.onnx      the graph, with the small vectors inside
+  weights.bin     packed matrices and their scales, mapped by the runtime
+  source.gguf     the source's metadata (tokenizer, chat template) and its embedding table as it was
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.errors import StorageError, ModelFormatError, UsageError
+from edge_spec.export.architecture import DecoderConfig, bias_shapes, read_config, tensor_shapes
+from edge_spec.export.graph import Weights, build_graph
+from edge_spec.export.layout import Job, Layout, plan_layout
+from edge_spec.export.quantize import QuantizedRows, quantize_rows, repack_exact
+from edge_spec.export.recipe import Recipe
+from edge_spec.formats.gguf import GGUFFile
+from edge_spec.formats.gguf_subset import write_subset
+
+EXPORTER_VERSION = 1
+"""Raised whenever the same source and recipe would give other files, so that no old export is reused."""
+
+DESCRIPTION, MODEL, WEIGHTS, SOURCE = "edge_spec.json", "model.onnx", "weights.bin", "source.gguf"
+
+CHUNK_WEIGHTS = 1 << 20
+"""Weights that a worker turns at a time: its temporaries stay in the cache and the peak stays small."""
+
+ByteProgress = Callable[[int, int], object]
+"""Called as `progress(done_bytes, total_bytes)` of the source tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A finished export. `weight_bytes` counts packed matrices and scales."""
+
+    path: Path
+    config: DecoderConfig
+    recipe: Recipe
+    source_sha256: str
+    weight_bytes: int
+    requantized: tuple[str, ...]
+    """With an exact recipe: the source types that could not be carried over bit for bit."""
+
+    @property
+    def model_file(self) -> Path:
+        """The ONNX graph."""
+        return self.path / MODEL
+
+    @property
+    def source_file(self) -> Path:
+        """A GGUF of the source's metadata and embedding table."""
+        return self.path / SOURCE
+
+
+def is_export(path: Path) -> bool:
+    """Whether `path` is a folder that an exporter finished."""
+    return (path / DESCRIPTION).is_file()
+
+
+def open_export(path: Path) -> Export:
+    """Read an export's description and check that its files are whole; ModelFormatError says what is wrong."""
+    try:
+        described = json.loads((path / DESCRIPTION).read_text("utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ModelFormatError(f"{path} is not an export: {DESCRIPTION} cannot be read ({exc})") from exc
+    try:
+        version, files = described["exporter_version"], described["files"]
+        if version != EXPORTER_VERSION:
+            raise ModelFormatError(
+                f"{path} was made by exporter version {version}, this is version {EXPORTER_VERSION}: export it again"
+            )
+        for name, n_bytes in files.items():
+            if not (path / name).is_file() or (path / name).stat().st_size != n_bytes:
+                raise ModelFormatError(f"{path / name} is missing or has not its {n_bytes} bytes: export it again")
+        return Export(
+            path=path,
+            config=DecoderConfig.from_json(described["decoder"]),
+            recipe=Recipe(**described["recipe"]),
+            source_sha256=described["source_sha256"],
+            weight_bytes=described["weight_bytes"],
+            requantized=tuple(described["requantized"]),
+        )
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ModelFormatError(f"{path / DESCRIPTION} is not complete: {exc!r}") from exc
+
+
+def ensure_export(
+    source: Path,
+    sha256: str,
+    recipe: Recipe,
+    exports_dir: Path,
+    *,
+    threads: int | None = None,
+    progress: ByteProgress | None = None,
+) -> Export:
+    """The store's export of a GGUF by a recipe, made now if there is none.
+
+    Keyed by the source's hash, the recipe and the exporter's version; two processes do not make the same one at once.
+    """
+    from filelock import FileLock
+
+    path = exports_dir / sha256 / f"{recipe.name}-{export_key(recipe)}"
+    if is_export(path):
+        return open_export(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / "lock"):
+        if not is_export(path):  # another process may have made it while this one waited
+            export_model(source, recipe, path, sha256=sha256, threads=threads, progress=progress)
+    return open_export(path)
+
+
+def export_key(recipe: Recipe) -> str:
+    """What, besides the source, decides the bytes of an export, as eight hex digits."""
+    identity = json.dumps([EXPORTER_VERSION, asdict(recipe)], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:8]
+
+
+def export_model(
+    source: Path,
+    recipe: Recipe,
+    path: Path,
+    *,
+    sha256: str,
+    threads: int | None = None,
+    progress: ByteProgress | None = None,
+) -> Export:
+    """Export the GGUF `source` into the new folder `path`.
+
+    The folder appears whole or not at all: files are written beside it under a temporary name, and whatever an
+    interrupted run left there is removed first. Raises ModelFormatError, UnsupportedArchitectureError (the message
+    names what is not known), StorageError, UsageError if `path` exists.
+    """
+    if path.exists():
+        raise UsageError(f"{path} exists already; remove it or name another folder")
+    with GGUFFile(source) as gguf:
+        config = read_config(gguf)
+        layout = plan_layout(gguf, config, recipe)
+        embedding_bytes = gguf.tensors["token_embd.weight"].n_bytes
+        with _new_folder(path, layout.n_bytes + embedding_bytes + (64 << 20)) as folder:
+            with (folder / WEIGHTS).open("wb") as file:
+                _fill(gguf, layout, file, threads or os.cpu_count() or 1, progress)
+            _write_graph(gguf, config, layout, folder)
+            write_subset(gguf, folder / SOURCE, ["token_embd.weight"])
+            _describe(config, recipe, layout, sha256, folder)
+    return open_export(path)
+
+
+def _write_graph(gguf: GGUFFile, config: DecoderConfig, layout: Layout, folder: Path) -> None:
+    weights = Weights(layout.matrices, _vectors(gguf, config))
+    model = build_graph(config, weights, weights_file=WEIGHTS)
+    (folder / MODEL).write_bytes(model.SerializeToString())
+
+
+def _vectors(gguf: GGUFFile, config: DecoderConfig) -> dict[str, NDArray[np.float32]]:
+    """Norm gains and biases, float32; query, key and value biases joined as their projections are."""
+    names = [name for name, shape in tensor_shapes(config).items() if len(shape) == 1]
+    vectors = {name: gguf.dequantize(name).reshape(-1) for name in names}
+    shapes = bias_shapes(config)
+    biases = {name: gguf.dequantize(name).reshape(-1) for name in shapes if name in gguf.tensors}
+    for layer in range(config.n_layer):
+        parts = [f"blk.{layer}.attn_{part}.bias" for part in "qkv"]
+        if any(part in biases for part in parts):
+            found = [biases.pop(part, np.zeros(shapes[part], np.float32)) for part in parts]
+            vectors[f"blk.{layer}.attn_qkv.bias"] = np.concatenate(found)
+    return vectors | biases
+
+
+def _describe(config: DecoderConfig, recipe: Recipe, layout: Layout, sha256: str, folder: Path) -> None:
+    requantized = {job.tensor.type.name for job in layout.jobs if recipe.exact and not job.exact}
+    described: dict[str, Any] = {
+        "exporter_version": EXPORTER_VERSION,
+        "source_sha256": sha256,
+        "recipe": asdict(recipe),
+        "decoder": config.to_json(),
+        "weight_bytes": layout.weight_bytes,
+        "requantized": sorted(requantized),
+        "files": {name: (folder / name).stat().st_size for name in (MODEL, WEIGHTS, SOURCE)},
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+
+
+def _fill(gguf: GGUFFile, layout: Layout, file: BinaryIO, threads: int, progress: ByteProgress | None) -> None:
+    """Turn every source tensor, some rows at a time on each thread (NumPy lets go of the interpreter's lock)."""
+    file.truncate(layout.n_bytes)
+    total, done = sum(job.tensor.n_bytes for job in layout.jobs), 0
+    lock = Lock()
+
+    def turn(job: Job, rows: slice) -> None:
+        nonlocal done
+        quantized = _quantize(gguf, job, rows)
+        matrix, first = job.matrix, job.first_row + rows.start
+        with lock:
+            for span, values in ((matrix.packed, quantized.packed), (matrix.scales, quantized.scales)):
+                file.seek(span.offset + first * (span.length // matrix.n_rows))
+                file.write(np.ascontiguousarray(values).data)
+            done += job.tensor.n_bytes * (rows.stop - rows.start) // job.tensor.shape[0]
+            if progress is not None:
+                progress(min(done, total), total)
+
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(turn, job, rows) for job in layout.jobs for rows in _row_chunks(job)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if progress is not None:
+        progress(total, total)
+
+
+def _row_chunks(job: Job) -> Iterator[slice]:
+    n_rows, row_length = job.tensor.shape
+    step = max(1, CHUNK_WEIGHTS // row_length)
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+
+
+def _quantize(gguf: GGUFFile, job: Job, rows: slice) -> QuantizedRows:
+    name = job.tensor.name
+    if job.exact:
+        return repack_exact(gguf.raw(name)[rows], job.tensor.type)
+    weights = gguf.dequantize(name, rows)
+    if not np.isfinite(weights).all():
+        raise ModelFormatError(f"{gguf.path}: {name} holds values that are not finite")
+    return quantize_rows(weights, bits=job.matrix.bits, block=job.matrix.block)
+
+
+@contextmanager
+def _new_folder(path: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder beside `path` that takes its name once the body is done, and is removed if it fails."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        free = shutil.disk_usage(partial).free
+        if free < needed_bytes:
+            raise StorageError(f"the export needs {needed_bytes >> 20} MiB on the disk of {path}, {free >> 20} are free")
+        yield partial
+        for file in partial.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        partial.rename(path)
+    except OSError as exc:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(f"the export could not be written to {path}: {exc}") from exc
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

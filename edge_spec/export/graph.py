@@ -1,0 +1,215 @@
+"""The ONNX graph of a decoder, from fused operators of ONNX Runtime (com.microsoft).
+
+Inputs (S new tokens, R rows, C cached positions):
+  embeddings            float32 [1, S, hidden]      rows of the embedding table, looked up by the caller
+  rows                  int64   [R]                 which of the S positions get logits
+  seqlens_k             int32   [1]                 length of the sequence after this pass, less one
+  total_sequence_length int32   []                  that length
+  cos, sin              float32 [C, rope_dim/2]     rotary tables
+  past_key.L, past_value.L   float32 [1, n_kv_head, C, head_dim]
+Outputs:
+  logits                float32 [1, R, n_vocab]
+  key.L, value.L        as past_*; bound to the same memory, so that the cache is written in place
+
+The last layer works on the R rows alone once its attention is done: nothing later needs the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.export.architecture import DecoderConfig
+
+if TYPE_CHECKING:
+    import onnx
+
+MS = "com.microsoft"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where an initializer lies in the weights file: offset and length in bytes."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """A quantised matrix [n_rows, row_length] in the weights file."""
+
+    n_rows: int
+    row_length: int
+    bits: int
+    block: int
+    packed: Span
+    scales: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Everything that the graph refers to. A projection of several parts (query, key, value) is a list of matrices
+    that follow each other: one where they could be fused."""
+
+    matrices: dict[str, list[StoredMatrix]]
+    vectors: dict[str, NDArray[np.float32]]
+
+
+def build_graph(config: DecoderConfig, weights: Weights, *, weights_file: str) -> onnx.ModelProto:
+    """The decoder's graph; matrices stay in `weights_file` (beside the model), vectors are embedded."""
+    return _Builder(config, weights, weights_file).build()
+
+
+class _Builder:
+    def __init__(self, config: DecoderConfig, weights: Weights, weights_file: str) -> None:
+        import onnx
+
+        self.onnx = onnx
+        self.config = config
+        self.weights = weights
+        self.weights_file = weights_file
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def build(self) -> onnx.ModelProto:
+        onnx, config = self.onnx, self.config
+        for name, vector in self.weights.vectors.items():
+            self.initializers.append(onnx.numpy_helper.from_array(vector, name))
+        # `residual` runs through the layers; each norm adds the branch before it and hands the sum on.
+        residual, branch = "embeddings", None
+        for layer in range(config.n_layer):
+            block = f"blk.{layer}."
+            normed, residual = self.norm(block + "attn_norm", residual, branch)
+            branch = self.attention(layer, normed)
+            if layer == config.n_layer - 1:
+                branch = self.op("Gather", [branch, "rows"], block + "attention_rows", axis=1)
+                residual = self.op("Gather", [residual, "rows"], block + "residual_rows", axis=1)
+            branch = self.project(block + "attn_output", branch)
+            normed, residual = self.norm(block + "ffn_norm", residual, branch)
+            branch = self.feed_forward(block, normed)
+        normed, _ = self.norm("output_norm", residual, branch)
+        self.project("output", normed, output="logits")
+        graph = onnx.helper.make_graph(
+            self.nodes, config.architecture, self.inputs(), self.outputs(), initializer=self.initializers
+        )
+        opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(MS, 1)]
+        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="edge_spec")
+
+    def attention(self, layer: int, normed: str) -> str:
+        config, block = self.config, f"blk.{layer}."
+        qkv = self.project(block + "attn_qkv", normed)
+        past = [f"past_key.{layer}", f"past_value.{layer}"]
+        inputs = [qkv, "", "", *past, "seqlens_k", "total_sequence_length", "cos", "sin"]
+        rotary = {"rotary_embedding_dim": config.rope_dim} if config.rope_dim != config.head_dim else {}
+        return self.op(
+            "GroupQueryAttention",
+            inputs,
+            block + "attention",
+            more_outputs=[f"key.{layer}", f"value.{layer}"],
+            domain=MS,
+            num_heads=config.n_head,
+            kv_num_heads=config.n_kv_head,
+            do_rotary=1,
+            rotary_interleaved=int(config.rope_interleaved),
+            **rotary,
+        )
+
+    def feed_forward(self, block: str, normed: str) -> str:
+        gate = self.project(block + "ffn_gate", normed)
+        up = self.project(block + "ffn_up", normed)
+        sigmoid = self.op("Sigmoid", [gate], block + "ffn_sigmoid")
+        silu = self.op("Mul", [gate, sigmoid], block + "ffn_silu")
+        return self.project(block + "ffn_down", self.op("Mul", [silu, up], block + "ffn_gated"))
+
+    def norm(self, name: str, residual: str, branch: str | None) -> tuple[str, str]:
+        """RMS norm of residual + branch; returns the normed value and the sum."""
+        epsilon, gamma, out = self.config.rms_epsilon, f"{name}.weight", f"{name}.out"
+        if branch is None:
+            inputs = [residual, gamma]
+            return self.op("SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=epsilon, stash_type=1), residual
+        inputs, total = [residual, branch, gamma], f"{name}.sum"
+        self.op("SkipSimplifiedLayerNormalization", inputs, out, ["", "", total], domain=MS, epsilon=epsilon)
+        return out, total
+
+    def project(self, name: str, x: str, output: str | None = None) -> str:
+        """x times the transpose of the named matrix, plus its bias if it has one."""
+        bias = f"{name}.bias" if f"{name}.bias" in self.weights.vectors else None
+        output = output or f"{name}.out"
+        product = f"{name}.product" if bias else output
+        parts = self.weights.matrices[name]
+        if len(parts) == 1:
+            self.multiply(f"{name}.weight", x, parts[0], product)
+        else:
+            pieces = [self.multiply(f"{name}.{i}.weight", x, part, f"{product}.{i}") for i, part in enumerate(parts)]
+            self.op("Concat", pieces, product, axis=-1)
+        return self.op("Add", [product, bias], output) if bias else output
+
+    def multiply(self, name: str, x: str, matrix: StoredMatrix, output: str) -> str:
+        blocks = matrix.row_length // matrix.block
+        packed_shape = [matrix.n_rows, blocks, matrix.block * matrix.bits // 8]
+        self.store(name, self.onnx.TensorProto.UINT8, packed_shape, matrix.packed)
+        self.store(f"{name}.scales", self.onnx.TensorProto.FLOAT, [matrix.n_rows, blocks], matrix.scales)
+        return self.op(
+            "MatMulNBits",
+            [x, name, f"{name}.scales"],
+            output,
+            domain=MS,
+            N=matrix.n_rows,
+            K=matrix.row_length,
+            bits=matrix.bits,
+            block_size=matrix.block,
+            accuracy_level=4,  # int8 activations: the integer dot products that make several rows cheap
+        )
+
+    def store(self, name: str, kind: int, shape: Sequence[int], span: Span) -> None:
+        """Declare an initializer whose bytes lie in the weights file."""
+        tensor = self.onnx.TensorProto(name=name, data_type=kind, dims=shape)
+        tensor.data_location = self.onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self.weights_file), ("offset", span.offset), ("length", span.length)):
+            tensor.external_data.add(key=key, value=str(value))
+        self.initializers.append(tensor)
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        output: str,
+        more_outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        node = self.onnx.helper.make_node(
+            kind, inputs, [output, *more_outputs], name=output, domain=domain or None, **attributes
+        )
+        self.nodes.append(node)
+        return output
+
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        config, value = self.config, self.value
+        f32, i32, i64 = (getattr(self.onnx.TensorProto, kind) for kind in ("FLOAT", "INT32", "INT64"))
+        tables = [value(name, f32, ["n_ctx", config.rope_dim // 2]) for name in ("cos", "sin")]
+        return [
+            value("embeddings", f32, [1, "tokens", config.hidden]),
+            value("rows", i64, ["rows"]),
+            value("seqlens_k", i32, [1]),
+            value("total_sequence_length", i32, []),
+            *tables,
+            *self.caches("past_key", "past_value"),
+        ]
+
+    def outputs(self) -> list[onnx.ValueInfoProto]:
+        logits = self.value("logits", self.onnx.TensorProto.FLOAT, [1, "rows", self.config.n_vocab])
+        return [logits, *self.caches("key", "value")]
+
+    def caches(self, *names: str) -> list[onnx.ValueInfoProto]:
+        shape = [1, self.config.n_kv_head, "n_ctx", self.config.head_dim]
+        f32 = self.onnx.TensorProto.FLOAT
+        return [self.value(f"{name}.{layer}", f32, shape) for layer in range(self.config.n_layer) for name in names]
+
+    def value(self, name: str, kind: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+        return self.onnx.helper.make_tensor_value_info(name, kind, shape)

@@ -1,0 +1,96 @@
+"""Where every matrix of an export lies in its weights file, decided before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edge_spec.export.architecture import DecoderConfig, tensor_shapes
+from edge_spec.export.graph import Span, StoredMatrix
+from edge_spec.export.quantize import EXACT_BITS, EXACT_BLOCK
+from edge_spec.export.recipe import Recipe
+from edge_spec.formats.gguf import GGUFFile, TensorInfo
+
+ALIGNMENT = 4096
+"""Initializers start on pages, so that mapping one maps nothing of its neighbours."""
+
+FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v")}
+"""Projections of the same input, stored under each other so that one product makes all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One source tensor and the place of its rows: `first_row` of a stored matrix, carried over bit for bit or not."""
+
+    tensor: TensorInfo
+    matrix: StoredMatrix
+    first_row: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`matrices` by the graph's names, `jobs` that fill them, `n_bytes` of the file."""
+
+    matrices: dict[str, list[StoredMatrix]]
+    jobs: list[Job]
+    n_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights and scales, without the padding between them."""
+        parts = (part for parts in self.matrices.values() for part in parts)
+        return sum(part.packed.length + part.scales.length for part in parts)
+
+
+def plan_layout(gguf: GGUFFile, config: DecoderConfig, recipe: Recipe) -> Layout:
+    """Give every projection of the decoder its place; parts that are stored alike are fused."""
+    matrices: dict[str, list[StoredMatrix]] = {}
+    jobs: list[Job] = []
+    end = 0
+    for name, tensors in _projections(gguf, config):
+        matrices[name] = []
+        for bits, block, exact, group in _fuse(tensors, recipe):
+            row_length, n_rows = group[0].shape[1], sum(tensor.shape[0] for tensor in group)
+            packed = Span(_align(end), n_rows * row_length * bits // 8)
+            scales = Span(_align(packed.offset + packed.length), n_rows * (row_length // block) * 4)
+            end = scales.offset + scales.length
+            matrix = StoredMatrix(n_rows, row_length, bits, block, packed, scales)
+            matrices[name].append(matrix)
+            first_row = 0
+            for tensor in group:
+                jobs.append(Job(tensor, matrix, first_row, exact))
+                first_row += tensor.shape[0]
+    return Layout(matrices, jobs, end)
+
+
+def _projections(gguf: GGUFFile, config: DecoderConfig) -> Iterator[tuple[str, list[TensorInfo]]]:
+    """Names of the graph's projections with the source tensors of each."""
+    parts = {part for group in FUSED.values() for part in group}
+    for layer in range(config.n_layer):
+        block = f"blk.{layer}."
+        for fused, names in FUSED.items():
+            yield block + fused, [gguf.tensors[f"{block}{name}.weight"] for name in names]
+        for name, shape in tensor_shapes(config).items():
+            stem = name.removeprefix(block).removesuffix(".weight")
+            if name.startswith(block) and len(shape) == 2 and stem not in parts:
+                yield block + stem, [gguf.tensors[name]]
+    yield "output", [gguf.tensors[config.head_tensor]]
+
+
+def _fuse(tensors: list[TensorInfo], recipe: Recipe) -> Iterator[tuple[int, int, bool, list[TensorInfo]]]:
+    """Group neighbours that are stored alike: (bits, block, exact, tensors)."""
+    groups: list[tuple[int, int, bool, list[TensorInfo]]] = []
+    for tensor in tensors:
+        exact = recipe.exact and tensor.type in EXACT_BITS
+        bits = EXACT_BITS[tensor.type] if exact else recipe.bits
+        block = EXACT_BLOCK if exact else recipe.block_for(tensor.shape[1])
+        if groups and groups[-1][:3] == (bits, block, exact):
+            groups[-1][3].append(tensor)
+        else:
+            groups.append((bits, block, exact, [tensor]))
+    yield from groups
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,66 @@
+"""Recipes: how the weights of an export are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_spec.errors import UsageError
+from edge_spec.formats.gguf import GGUFFile
+
+BLOCKS = (256, 128, 64, 32, 16)
+"""Block sizes that MatMulNBits takes, largest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the matrices of an export are stored.
+
+    `block` weights share a scale; a matrix whose row length it does not divide takes the next smaller block that does.
+    `exact` carries Q4_0 and Q8_0 tensors over bit for bit (blocks of 32) and stores the others as `bits` and `block` say.
+    """
+
+    name: str
+    bits: int
+    block: int
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise UsageError(f"bits={self.bits}: the weights of an export have 4 or 8 bits")
+        if self.block not in BLOCKS:
+            raise UsageError(f"block={self.block}: choose one of {', '.join(map(str, sorted(BLOCKS)))}")
+
+    def block_for(self, row_length: int) -> int:
+        """Largest block, at most the recipe's, that divides a row; UsageError if there is none."""
+        for block in BLOCKS:
+            if block <= self.block and row_length % block == 0:
+                return block
+        raise UsageError(f"rows of {row_length} weights do not divide into blocks of {BLOCKS[-1]}")
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("int4", bits=4, block=128),
+        Recipe("int8", bits=8, block=128),
+        Recipe("exact", bits=8, block=32, exact=True),
+    )
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name; UsageError names the ones there are."""
+    try:
+        return RECIPES[name]
+    except KeyError:
+        raise UsageError(f"no recipe {name!r}; there are {', '.join(RECIPES)}") from None
+
+
+def default_recipe(gguf: GGUFFile) -> Recipe:
+    """4 bits for a source of up to 6 bits a weight, else 8, so that a careful quantisation is not thrown away.
+
+    Counted over the layers' matrices: in a small model the embedding, often stored finer, would hide what they are.
+    """
+    matrices = [t for name, t in gguf.tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
+    bits = 8 * sum(t.n_bytes for t in matrices) / max(1, sum(t.n_elements for t in matrices))
+    return RECIPES["int4" if bits <= 6 else "int8"]

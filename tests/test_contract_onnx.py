@@ -1,0 +1,88 @@
+"""The onnx backend obeys the laws of `CausalLM`, for each recipe, padded and not, on tiny models and a real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from edge_spec.backends.alignment import find_alignment
+from edge_spec.backends.onnx import OnnxModel
+from edge_spec.export import RECIPES, Export, export_model
+from tests.contract import CausalLMContract, MakeModel
+from tests.real_models import smollm2_path
+from tests.tiny_models import write_tiny_gguf
+
+
+class OnnxContract(CausalLMContract):
+    recipe: ClassVar[str] = "int4"
+    aligned: ClassVar[bool] = True
+    atol = 0.05  # int8 activations: a last bit in the input tips the rounding of one
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The GGUF to export."""
+        return write_tiny_gguf(tmp_path_factory.mktemp("source") / "tiny.gguf", n_vocab=512)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def export(cls, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+        path = tmp_path_factory.mktemp("export") / "model"
+        return export_model(source, RECIPES[cls.recipe], path, sha256="0" * 64, threads=1)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def alignment(cls, export: Export) -> int | None:
+        if not cls.aligned:
+            return None
+        model = OnnxModel(export, name="tiny", n_ctx=64, threads=1)
+        found = find_alignment(model)
+        model.close()
+        assert found is not None, "no padding makes rows independent of the pass on this processor"
+        return found
+
+    @pytest.fixture
+    def make_model(self, export: Export, alignment: int | None) -> MakeModel:
+        def make(n_ctx: int) -> OnnxModel:
+            model = OnnxModel(export, name="tiny", n_ctx=n_ctx, threads=1)
+            model.align_rows(alignment)
+            return model
+
+        return make
+
+
+class TestInt4(OnnxContract):
+    pass
+
+
+class TestInt4Unaligned(OnnxContract):
+    aligned = False
+
+
+class TestInt8(OnnxContract):
+    recipe = "int8"
+
+
+class TestExactQ4(OnnxContract):
+    recipe = "exact"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return write_tiny_gguf(
+            tmp_path_factory.mktemp("source") / "tiny.gguf",
+            architecture="qwen2",
+            tensor_type="Q4_0",
+            tensor_types={"attn_v": "Q8_0", "ffn_down": "Q6_K"},
+            tied=False,
+        )
+
+
+@pytest.mark.real
+class TestSmolLM2(OnnxContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls) -> Path:
+        return smollm2_path()
