@@ -148,6 +148,7 @@ def test_progress_off_a_terminal_is_lines_on_standard_error(capsys: pytest.Captu
     with byte_progress("tiny") as (progress, note):
         for done in range(0, 1025, 64):
             progress(done, 1024)
+        progress(1024, 1024)
         note("a note")
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -96,13 +96,13 @@ def _bar(label: str) -> Iterator[tuple[Progress, Callable[[str], None]]]:
 
 
 def _plain_lines(label: str) -> Progress:
-    last_s = time.monotonic()
+    last_s, complete = time.monotonic(), False
 
     def update(done: int, total: int) -> None:
-        nonlocal last_s
+        nonlocal last_s, complete
         now = time.monotonic()
-        if now - last_s >= _PLAIN_EVERY_S or done == total:
-            last_s = now
+        if not complete and (done == total or now - last_s >= _PLAIN_EVERY_S):
+            last_s, complete = now, done == total
             print_note(f"{label}: {format_size(done)} of {format_size(total)} ({done / total:.0%})")
 
     return update
