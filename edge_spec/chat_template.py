@@ -78,12 +78,14 @@ class ChatTemplate:
                 pieces.append(piece)
                 length += len(piece)
                 if length > ceiling:
-                    raise ModelFormatError(f"the chat template writes more than {ceiling} characters")
+                    break
         except EdgeSpecError:
             raise
         # The template is foreign code: whatever it makes Python raise is the template's fault.
         except Exception as exc:
             raise ModelFormatError(f"the chat template fails: {type(exc).__name__}: {exc}") from exc
+        if length > ceiling:
+            raise ModelFormatError(f"the chat template writes more than {ceiling} characters")
         return "".join(pieces)
 
     def render_ids(
