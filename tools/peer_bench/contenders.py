@@ -1,0 +1,88 @@
+"""Who takes part. A new peer is one class here and its line in `CONTENDERS`; it runs in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from peer_bench.answer import Answer, Settings
+
+
+class Contender(Protocol):
+    """A loaded engine that answers greedily, every prompt from an empty cache."""
+
+    about: str
+    """What exactly runs, for the report: library, version, model, options."""
+
+    def answer(self, prompt: str, max_tokens: int) -> Answer:
+        """Answer one user message under the model's own chat template; at most `max_tokens` tokens."""
+        ...
+
+
+class Ours:
+    """edge_spec's engine on its default backend."""
+
+    def __init__(self, settings: Settings, *, drafter: str, pad_rows: bool) -> None:
+        from edge_spec import Engine
+
+        self._engine = Engine.load(
+            settings.pair,
+            backend="onnx",
+            threads=settings.threads,
+            n_ctx=settings.n_ctx,
+            drafter=drafter,
+            pad_rows=pad_rows,
+        )
+        self.about = f"edge_spec, drafter {drafter}, rows {'padded' if pad_rows else 'not padded'}"
+
+    def answer(self, prompt: str, max_tokens: int) -> Answer:
+        """See `Contender`."""
+        from edge_spec.types import SamplingParams
+
+        self._engine.reset()
+        started = time.perf_counter()
+        result = self._engine.generate(prompt, max_tokens=max_tokens, sampling=SamplingParams(temperature=0.0))
+        wall_s = time.perf_counter() - started
+        decoded = max(0, result.generated_tokens - 1)
+        return Answer(
+            token_ids=list(result.token_ids),
+            text=result.text,
+            prompt_tokens=result.prompt_tokens,
+            ttft_s=result.ttft_s,
+            decode_s=decoded / result.decode_tokens_per_s if result.decode_tokens_per_s else 0.0,
+            wall_s=wall_s,
+            steps=result.steps,
+            drafted=result.drafted,
+            accepted=result.accepted,
+        )
+
+
+def ours_pair(settings: Settings) -> Contender:
+    """Speculation as a user gets it."""
+    return Ours(settings, drafter="auto", pad_rows=True)
+
+
+def ours_padded(settings: Settings) -> Contender:
+    """Plain decoding that writes what speculation writes, bit for bit."""
+    return Ours(settings, drafter="none", pad_rows=True)
+
+
+def ours_plain(settings: Settings) -> Contender:
+    """Plain decoding as one would run it for speed alone."""
+    return Ours(settings, drafter="none", pad_rows=False)
+
+
+def llama_cpp(settings: Settings) -> Contender:
+    """llama.cpp without speculation."""
+    from peer_bench.llama_cpp_plain import LlamaCppPlain
+
+    return LlamaCppPlain(settings)
+
+
+CONTENDERS: dict[str, Callable[[Settings], Contender]] = {
+    "ours-pair": ours_pair,
+    "ours-padded": ours_padded,
+    "ours-plain": ours_plain,
+    "llama.cpp": llama_cpp,
+}
