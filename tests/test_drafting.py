@@ -155,14 +155,19 @@ def test_a_model_never_drafts_ids_that_the_target_lacks() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_stops_where_it_is_unsure(temperature: float) -> None:
-    model = FakeLM(seed=2, n_ctx=200)
-    sampling = SamplingParams(temperature=temperature)
-    drafter = started(model_drafter(model, draft_tokens=50, min_probability=0.4), sampling)
-    tokens = drafter.propose([1], 99).tokens
-    for i in range(len(tokens) + 1):
-        confidence = distribution(model.logits_after([1, *tokens[:i]]), [], [], SamplingParams(temperature=1)).max()
-        assert (confidence >= 0.4) == (i < len(tokens))
+def test_a_model_stops_where_it_is_unsure_whatever_it_would_have_drawn(temperature: float) -> None:
+    """Were the drawn token to decide, the tokens that are proposed would not be distributed as q says."""
+    plain = SamplingParams(temperature=1)
+    lengths = set()
+    for seed in range(40):
+        model = FakeLM(n_vocab=6, seed=seed, sharpness=2.5)
+        drafter = model_drafter(model, draft_tokens=8, min_probability=0.5)
+        tokens = started(drafter, SamplingParams(temperature=temperature)).propose([1], 99).tokens
+        for i in range(min(len(tokens) + 1, 8)):
+            confidence = distribution(model.logits_after([1, *tokens[:i]]), [], [], plain).max()
+            assert (confidence >= 0.5) == (i < len(tokens))
+        lengths.add(len(tokens))
+    assert len(lengths) >= 4
 
 
 def test_a_model_reads_each_token_once() -> None:

@@ -98,7 +98,7 @@ class SpeculativeDecoder:
         Raises at the call: UsageError, ContextLengthError (the prompt leaves no room for a token).
         """
         spec = self._session.spec
-        if not prompt_ids:
+        if len(prompt_ids) == 0:
             raise UsageError("the prompt is empty; give it at least one token")
         if min(prompt_ids) < 0 or max(prompt_ids) >= spec.n_vocab:
             raise UsageError(f"the prompt has ids outside the vocabulary of {spec.n_vocab}")
