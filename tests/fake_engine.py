@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_spec.errors import EdgeSpecError, GenerationCancelled
+from edge_spec.errors import EdgeSpecError
 from edge_spec.types import DrafterStats, FinishReason, GenerationResult, Piece, SamplingParams
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")  # Usage errors come in colour where a CI service asks for it.
@@ -124,8 +124,6 @@ class FakeStream:
         for done, total in self._answer.prefill:
             if self._on_progress is not None:
                 self._on_progress(done, total)
-        if self._answer.in_prefill is not None and self.cancelled:
-            raise GenerationCancelled("stopped")
 
 
 class FakeChat:
@@ -185,7 +183,7 @@ class FakeEngine:
         return self.next_stream(on_progress)
 
     def chat(self, *, system: str | None = None) -> FakeChat:
-        self.chats.append(FakeChat(self, system))
+        self.chats.append(FakeChat(self, self.info.chat_system if system is None else system))
         return self.chats[-1]
 
     def next_stream(self, on_progress: Any) -> FakeStream:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,23 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
     assert engine.options == [
         {"system": None, "raw": False, "max_tokens": None, "sampling": SamplingParams(), "stop": ()}
     ]
+
+
+def test_the_scripted_engine_is_called_as_the_real_one_is() -> None:
+    from edge_spec.conversation import Chat
+    from edge_spec.engine import Engine, EngineInfo
+
+    scripted = FakeEngine("a", "b", "c")
+    with pytest.MonkeyPatch.context() as patch:
+        scripted.install(patch)
+        run("generate", "x")
+        run("chat", stdin="x")
+    generated, said = scripted.options
+    signature(Engine.load).bind(**scripted.loaded_with or {}, on_progress=None)
+    signature(Engine.stream).bind(None, "x", **generated, on_progress=None)
+    signature(Chat.stream).bind(None, "x", **said, on_progress=None)
+    signature(Engine.chat).bind(None, system=None)
+    assert {field.name for field in fields(FakeInfo)} == {field.name for field in fields(EngineInfo)}
 
 
 def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
@@ -224,7 +242,7 @@ def test_ctrl_c_under_json_still_prints_the_object(monkeypatch: pytest.MonkeyPat
 
 def test_ctrl_c_while_the_prompt_is_read_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeEngine(Answer(["never"], in_prefill=interrupt)).install(monkeypatch)
-    assert run("generate", "x") == Transcript(130, "", "stopped before the prompt had been read\n")
+    assert run("generate", "x") == Transcript(130, "", f"nothing was written, finished: cancelled · {SETUP}\n")
 
 
 def test_a_third_ctrl_c_does_not_wait_for_a_stream_that_will_not_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def chat(
         sampling = replace(engine.info.chat_sampling, **chosen)
         conversation = Conversation(
             engine,
-            system=engine.info.chat_system if system is None else system,
+            system=system,
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stops,

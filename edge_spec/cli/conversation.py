@@ -97,10 +97,7 @@ class Conversation:
                 remark("/reset forgets the conversation and frees the window")
             return
         self.interrupted = outcome.interrupted
-        if outcome.result is None:
-            remark("stopped before the prompt had been read")
-        else:
-            self._report(outcome.result)
+        self._report(outcome.result)
 
     def _report(self, result: GenerationResult) -> None:
         self._totals.add(result)

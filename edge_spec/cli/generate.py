@@ -123,9 +123,7 @@ def _discard(_text: str) -> None:
 
 
 def _report(outcome: Outcome, *, as_json: bool) -> None:
-    if outcome.result is None:
-        remark("stopped before the prompt had been read")
-    elif as_json:
+    if as_json:
         print(json.dumps(result_fields(outcome.result), allow_nan=False), flush=True)
     else:
         remark(status_line(outcome.result))

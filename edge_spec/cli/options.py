@@ -50,10 +50,14 @@ DraftOption = Annotated[
 ]
 BackendOption = Annotated[BackendName, typer.Option(help="The library that runs the models.", rich_help_panel=_MODEL)]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="Export recipe (default: what suits the source).", rich_help_panel=_MODEL)
+    str | None,
+    typer.Option(
+        help="How exported weights are stored: int4, int8 or exact (default: follows the source).",
+        rich_help_panel=_MODEL,
+    ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads (default: as many as pay here).", rich_help_panel=_MODEL)
+    int | None, typer.Option(min=1, help="CPU threads (default: the physical cores).", rich_help_panel=_MODEL)
 ]
 CtxOption = Annotated[
     int | None,

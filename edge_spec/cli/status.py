@@ -12,7 +12,7 @@ from edge_spec.sizes import format_size
 from edge_spec.types import DrafterStats, FinishReason, GenerationResult
 
 if TYPE_CHECKING:
-    from edge_spec.engine import EngineInfo
+    from edge_spec.generation import EngineInfo
 
 _SEPARATOR = " · "
 
@@ -24,6 +24,8 @@ def status_line(result: GenerationResult) -> str:
 
 def figures(result: GenerationResult) -> str:
     """Speed, acceptance and memory of one generation, and the finish reason unless it is `stop`."""
+    if not result.token_ids:
+        return f"nothing was written, finished: {result.finish_reason}"
     return _joined(
         [
             f"{result.decode_tokens_per_s:.1f} tokens/s",

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-from edge_spec.errors import GenerationCancelled
 from edge_spec.types import GenerationResult
 
 if TYPE_CHECKING:
     from edge_spec.cli.progress import ProgressDisplay
-    from edge_spec.engine import Stream
+    from edge_spec.generation import Stream
 
 _PATIENT_PRESSES = 2
 """Presses of Ctrl-C that ask politely; a nervous double press must not lose the text and the figures."""
@@ -30,8 +29,7 @@ _CONTROLS = dict.fromkeys(code for code in [*range(0x20), *range(0x7F, 0xA0)] if
 class Outcome:
     """How following a stream ended."""
 
-    result: GenerationResult | None
-    """None if it was stopped before the prompt had been read."""
+    result: GenerationResult
     interrupted: bool
     """Ctrl-C was pressed."""
 
@@ -84,8 +82,6 @@ def follow(stream: Stream, write: Callable[[str], None]) -> Outcome:
         try:
             for piece in stream:
                 write(piece.text)
-        except GenerationCancelled:
-            return Outcome(None, interrupted=True)
         except BaseException:
             stream.cancel()
             raise
