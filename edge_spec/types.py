@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TypeAlias
 
 import numpy as np
@@ -20,7 +20,7 @@ Progress: TypeAlias = Callable[[int, int], bool | None]
 """Called as `progress(done, total)`; returning False asks to stop."""
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a generation ended."""
 
     STOP = "stop"
@@ -33,9 +33,6 @@ class FinishReason(str, Enum):
     """The window of n_ctx tokens is full."""
     CANCELLED = "cancelled"
     """The caller stopped."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from tests.tiny_models import write_tiny_gguf
 class OnnxContract(CausalLMContract):
     recipe: ClassVar[str] = "int4"
     aligned: ClassVar[bool] = True
-    atol = 0.05  # int8 activations: a last bit in the input tips the rounding of one
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -59,6 +58,7 @@ class TestInt4(OnnxContract):
 
 class TestInt4Unaligned(OnnxContract):
     aligned = False
+    atol = 0.2  # an odd pass's last row goes through another kernel, which rounds otherwise
 
 
 class TestInt8(OnnxContract):

@@ -176,9 +176,9 @@ def _translated(doing: str) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions, which share no base of their own, into BackendError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented")
-    names += ("RuntimeException", "EngineError", "EPFail", "ModelLoaded")
-    kinds = tuple(kind for name in names if isinstance(kind := getattr(state, name, None), type))
+    kinds: tuple[type[Exception], ...] = tuple(
+        kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    )
     try:
         yield
     except (*kinds, RuntimeError, ValueError) as exc:

@@ -59,6 +59,10 @@ class Session:
         _report(on_progress, len(sequence) - start, len(sequence) - start)
         return decoded
 
+    def forget(self) -> None:
+        """Take the cache for empty: the next decode reads its whole sequence."""
+        self._cached = None
+
     def close(self) -> None:
         """Close the model."""
         self._model.close()

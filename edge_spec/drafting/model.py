@@ -36,6 +36,11 @@ class ModelDrafter(Drafter):
         self._sampler: Sampler | None = None
         self._history: History | None = None
 
+    @property
+    def session(self) -> Session:
+        """The draft model and what it has read."""
+        return self._session
+
     def start(self, request: Request) -> None:
         """Take over the sampling; what the model has read stays read."""
         sampling = request.sampling

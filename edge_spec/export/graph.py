@@ -192,13 +192,14 @@ class _Builder:
     def inputs(self) -> list[onnx.ValueInfoProto]:
         config, value = self.config, self.value
         f32, i32, i64 = (getattr(self.onnx.TensorProto, kind) for kind in ("FLOAT", "INT32", "INT64"))
-        tables = [value(name, f32, ["n_ctx", config.rope_dim // 2]) for name in ("cos", "sin")]
+        table: list[int | str] = ["n_ctx", config.rope_dim // 2]
         return [
             value("embeddings", f32, [1, "tokens", config.hidden]),
             value("rows", i64, ["rows"]),
             value("seqlens_k", i32, [1]),
             value("total_sequence_length", i32, []),
-            *tables,
+            value("cos", f32, table),
+            value("sin", f32, table),
             *self.caches("past_key", "past_value"),
         ]
 
@@ -207,7 +208,7 @@ class _Builder:
         return [logits, *self.caches("key", "value")]
 
     def caches(self, *names: str) -> list[onnx.ValueInfoProto]:
-        shape = [1, self.config.n_kv_head, "n_ctx", self.config.head_dim]
+        shape: list[int | str] = [1, self.config.n_kv_head, "n_ctx", self.config.head_dim]
         f32 = self.onnx.TensorProto.FLOAT
         return [self.value(f"{name}.{layer}", f32, shape) for layer in range(self.config.n_layer) for name in names]
 

@@ -13,7 +13,6 @@ from edge_spec.tokenizer import bpe, spm
 from edge_spec.tokenizer.detokenizer import Detokenizer
 from edge_spec.tokenizer.pretokenizers import find
 from edge_spec.tokenizer.special import Shield, SpecialTokens
-from edge_spec.tokenizer.special_names import SPECIAL_NAMES
 from edge_spec.tokenizer.vocabulary import TokenKind, Vocabulary
 
 SUPPORTED_MODELS = ("gpt2", "llama")
@@ -70,10 +69,7 @@ class Tokenizer:
     def _from_bpe(cls, gguf: GGUFFile) -> Tokenizer:
         family = find(gguf.get_str("tokenizer.ggml.pre", "default"))
         merges = gguf.get_strings("tokenizer.ggml.merges")
-        learned = SPECIAL_NAMES.intersection(merge.replace(" ", "") for merge in merges)
-        vocabulary = Vocabulary.from_gguf(
-            gguf, default_bos=None, default_eos=None, add_bos=family.add_bos, ordinary=learned
-        )
+        vocabulary = Vocabulary.from_gguf(gguf, default_bos=None, default_eos=None, add_bos=family.add_bos)
         encoder = bpe.BytePairEncoder(vocabulary.tokens, merges, family)
         if gguf.get_bool("tokenizer.ggml.add_space_prefix", False):
             raise UnsupportedArchitectureError(f"{gguf.path.name}: a byte-level vocabulary with a space prefix")

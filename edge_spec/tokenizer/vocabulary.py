@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -47,19 +47,9 @@ class Vocabulary:
 
     @classmethod
     def from_gguf(
-        cls,
-        gguf: GGUFFile,
-        *,
-        default_bos: int | None,
-        default_eos: int | None,
-        add_bos: bool,
-        ordinary: Collection[str] = (),
+        cls, gguf: GGUFFile, *, default_bos: int | None, default_eos: int | None, add_bos: bool
     ) -> Vocabulary:
-        """Read the token list; the defaults apply where the file does not say. Raises ModelFormatError.
-
-        Files often type special tokens as plain ones, so known names count as special, but not those in `ordinary`:
-        the model may have learned `</s>` as a piece of HTML.
-        """
+        """Read the token list; the defaults apply where the file does not say. Raises ModelFormatError."""
         tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(gguf.get_strings("tokenizer.ggml.tokens"))]
         ids = {token: i for i, token in enumerate(tokens)}
         if not tokens:
@@ -68,7 +58,8 @@ class Vocabulary:
             twice = next(i for i, token in enumerate(tokens) if ids[token] != i)
             raise ModelFormatError(f"{gguf.path}: the token {tokens[twice]!r} appears twice, first as {twice}")
         kinds = _kinds(gguf, len(tokens))
-        special = {name: ids[name] for name in SPECIAL_NAMES if name in ids and name not in ordinary}
+        # Files often type special tokens as plain ones, so these names count whatever their type, as in llama.cpp.
+        special = {name: ids[name] for name in SPECIAL_NAMES if name in ids}
         defaults = {"eos": default_eos, "eot": None, "eom": None}
         stop = {name: _special_id(gguf, name, defaults[name], len(tokens)) for name in _ID_KEYS}
         stop_ids = {i for name, i in special.items() if name not in FIM_NAMES}

@@ -1,0 +1,288 @@
+"""The engine: a target and perhaps a draft, loaded once, that write text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+
+from edge_spec.conversation import Chat
+from edge_spec.decoding.decoder import SpeculativeDecoder
+from edge_spec.decoding.drafter import Drafter, NoDrafter
+from edge_spec.decoding.session import Session
+from edge_spec.drafting import FirstOf, LookupDrafter, ModelDrafter
+from edge_spec.errors import UsageError
+from edge_spec.generation import EngineInfo, Stream, make_result
+from edge_spec.loading import (
+    Loader,
+    Source,
+    StageProgress,
+    choose_n_ctx,
+    chosen_recipe,
+    draft_recipe,
+    find_source,
+)
+from edge_spec.store import DEFAULT_PAIR, Store
+from edge_spec.tokenizer import check_same_vocabulary
+from edge_spec.types import GenerationResult, Progress, SamplingParams
+
+BACKENDS = ("onnx", "llama")
+DRAFTERS = ("none", "lookup", "model", "auto")
+
+DRAFT_TOKENS, LOOKUP_TOKENS, MAX_DRAFT_TOKENS = 3, 7, 15
+
+
+class Engine:
+    """A loaded target, its draft and their caches. Made by `load`; a context manager; for one generation at a time."""
+
+    def __init__(self, info: EngineInfo, source: Source, target: Session, drafters: dict[str, Drafter]) -> None:
+        self.info = info
+        self._source = source
+        self._target = target
+        self._drafters = drafters
+
+    @classmethod
+    def load(
+        cls,
+        pair: str | None = None,
+        *,
+        target: str | Path | None = None,
+        draft: str | Path | None = None,
+        backend: str = "onnx",
+        drafter: str = "auto",
+        draft_tokens: int | None = None,
+        threads: int | None = None,
+        n_ctx: int | None = None,
+        recipe: str | None = None,
+        pad_rows: bool = True,
+        on_progress: StageProgress | None = None,
+    ) -> Engine:
+        """Load a pair by its name (default: qwen2.5-coder), or `target` and, if wanted, `draft`.
+
+        Models are names, hub references that were pulled, paths of GGUF files or of exports. The first load of a GGUF
+        on the onnx backend exports it into the store.
+
+        `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
+        "lookup", "model" or "none"; the draft is loaded for "auto" and "model". `draft_tokens` is the longest draft of
+        the model. `threads` defaults to the physical cores, `n_ctx` to 4,096 tokens or the model's own limit.
+        `recipe` (of the target) defaults to 4 bits, or 8 where the source has more than 6. `pad_rows=False` gives up
+        bit-for-bit equality between drafters at temperature 0 for a little speed of plain decoding.
+
+        Raises ModelNotFoundError (with the command that fetches it), VocabMismatchError, BackendUnavailableError,
+        UnsupportedArchitectureError, ModelFormatError, UsageError, StorageError.
+        """
+        started = perf_counter()
+        _check_choice("backend", backend, BACKENDS)
+        _check_choice("drafter", drafter, DRAFTERS)
+        if pair is not None and target is not None:
+            raise UsageError("a pair names its target: give a pair or a target, not both")
+        if draft_tokens is not None and not 1 <= draft_tokens <= MAX_DRAFT_TOKENS:
+            raise UsageError(f"draft_tokens={draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads={threads} must be at least 1")
+        if not pad_rows and backend == "llama":
+            raise UsageError("the llama backend never pads: leave pad_rows alone")
+
+        store = Store()
+        known = store.pair(pair or DEFAULT_PAIR) if target is None else None
+        wants_draft = drafter in ("auto", "model")
+        if draft is not None and not wants_draft:
+            raise UsageError(f"the drafter {drafter!r} has no use for a draft model")
+        if known is not None and draft is None and wants_draft:
+            draft = known.draft
+        if drafter == "model" and draft is None:
+            raise UsageError("the drafter 'model' needs a draft model: name one, or use 'lookup'")
+
+        source = find_source(store, known.target if known else target or "")
+        draft_source = find_source(store, draft) if draft is not None else None
+        if draft_source is not None:
+            check_same_vocabulary(source.tokenizer, draft_source.tokenizer)
+        window = choose_n_ctx(source, n_ctx)
+        threads = threads or physical_cores()
+        loader = Loader(store=store, backend=backend, threads=threads, progress=on_progress)
+
+        chosen = chosen_recipe(recipe, backend, source)
+        loaded = loader.load(source, n_ctx=window, recipe=chosen, aligned=pad_rows)
+        drafters: dict[str, Drafter] = {"none": NoDrafter(), "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS)}
+        notes = list(loaded.notes)
+        try:
+            if draft_source is not None:
+                draft_window = min(window, draft_source.n_ctx_train)
+                drafting = loader.load(
+                    draft_source, n_ctx=draft_window, recipe=draft_recipe(draft_source), aligned=False
+                )
+                notes += drafting.notes
+                model = ModelDrafter(Session(drafting.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
+                drafters |= {"model": model, "auto": FirstOf([drafters["lookup"], model])}
+            else:
+                drafters["auto"] = drafters["lookup"]
+        except BaseException:
+            loaded.model.close()
+            raise
+        drafters["default"] = drafters[drafter]
+        info = EngineInfo(
+            target=source.name,
+            draft=draft_source.name if draft_source else None,
+            backend=loaded.backend,
+            recipe=loaded.recipe,
+            threads=threads,
+            n_ctx=window,
+            load_s=perf_counter() - started,
+            notes=notes,
+            chat_sampling=known.sampling if known else SamplingParams(),
+            chat_system=known.system if known else None,
+        )
+        return cls(info, source, Session(loaded.model), drafters)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        drafter: str | None = None,
+        on_progress: Progress | None = None,
+    ) -> Stream:
+        """Answer `prompt`; text comes as it is written.
+
+        The prompt is a user's message, after `system` if given, in the model's chat template; with `raw` it is the
+        text to continue. Ends at the end of the turn, a `stop` string, `max_tokens` or a full window. `sampling`
+        defaults to greedy. `on_progress(read, to_read)` is called while the prompt is read; False cancels.
+        Raises UsageError and ContextLengthError at the call.
+        """
+        if raw and system is not None:
+            raise UsageError("a raw prompt has no place for a system message")
+        if raw:
+            tokenizer = self._source.tokenizer
+            prompt_ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos)
+        else:
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            messages.append({"role": "user", "content": prompt})
+            prompt_ids = self._source.template.render_ids(messages, self._source.tokenizer)
+        return self._stream_ids(
+            prompt_ids,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            drafter=drafter,
+            on_progress=on_progress,
+        )
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        drafter: str | None = None,
+        on_progress: Progress | None = None,
+    ) -> GenerationResult:
+        """`stream`, read to its end."""
+        stream = self.stream(
+            prompt,
+            system=system,
+            raw=raw,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            drafter=drafter,
+            on_progress=on_progress,
+        )
+        for _ in stream:
+            pass
+        return stream.result
+
+    def chat(self, *, system: str | None = None) -> Chat:
+        """A conversation; `system` defaults to the pair's own, then to the template's."""
+        system = system if system is not None else self.info.chat_system
+        return Chat(self._stream_ids, self._source.template, self._source.tokenizer, system=system)
+
+    def count(self, text: str) -> int:
+        """Tokens of `text`, as plain text."""
+        return len(self._source.tokenizer.encode(text))
+
+    def reset(self) -> None:
+        """Forget what the caches hold, so that the next prompt is read from its first token."""
+        for session in self._sessions():
+            session.forget()
+
+    def close(self) -> None:
+        """Give the memory back. Closing twice is not an error."""
+        for session in self._sessions():
+            session.close()
+
+    def _sessions(self) -> list[Session]:
+        model = self._drafters.get("model")
+        return [self._target, model.session] if isinstance(model, ModelDrafter) else [self._target]
+
+    def _stream_ids(
+        self,
+        prompt_ids: list[int],
+        *,
+        max_tokens: int | None,
+        sampling: SamplingParams | None,
+        stop: Sequence[str],
+        on_progress: Progress | None,
+        drafter: str | None = None,
+        done: Callable[[GenerationResult], None] | None = None,
+    ) -> Stream:
+        tokenizer, info = self._source.tokenizer, self.info
+        decoder = SpeculativeDecoder(self._target, self._choose_drafter(drafter))
+
+        def finish(stream: Stream) -> GenerationResult:
+            result = make_result(stream, prompt_tokens=len(prompt_ids), info=info)
+            if done is not None:
+                done(result)
+            return result
+
+        return Stream(
+            lambda cancelled: decoder.generate(
+                prompt_ids,
+                sampling=sampling,
+                max_tokens=max_tokens,
+                stop_ids=tokenizer.stop_ids,
+                cancelled=cancelled,
+                on_progress=on_progress,
+            ),
+            decoder,
+            tokenizer.stream(previous=prompt_ids[-1] if prompt_ids else None),
+            stop,
+            finish,
+        )
+
+    def _choose_drafter(self, name: str | None) -> Drafter:
+        if name is None:
+            return self._drafters["default"]
+        _check_choice("drafter", name, DRAFTERS)
+        if name == "model" and name not in self._drafters:
+            raise UsageError("no draft model was loaded: load the engine with a draft, or use 'lookup'")
+        return self._drafters[name]
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, without their hyper-threads."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name}={value!r}: choose one of {', '.join(choices)}")

@@ -1,0 +1,163 @@
+"""One generation as text: tokens become whole characters, stop strings cut, figures are kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from edge_spec.decoding.decoder import DecodeStats, SpeculativeDecoder, Step
+from edge_spec.decoding.stop import StopStrings
+from edge_spec.errors import UsageError
+from edge_spec.tokenizer import Detokenizer
+from edge_spec.types import FinishReason, GenerationResult, Piece, SamplingParams
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What was loaded. `recipe` says how the target's weights are stored, `notes` what the user should know."""
+
+    target: str
+    draft: str | None
+    backend: str
+    recipe: str
+    threads: int
+    n_ctx: int
+    load_s: float
+    notes: list[str]
+    chat_sampling: SamplingParams
+    chat_system: str | None
+
+
+Finish = Callable[["Stream"], GenerationResult]
+
+
+class Stream:
+    """A generation that runs while it is iterated over; yields a `Piece` for each step that gives text.
+
+    `cancel()` may be called from another thread or a signal handler and takes effect within one step. `result` is
+    there once the iteration has ended. Leaving the loop early ends the generation.
+    """
+
+    def __init__(
+        self,
+        steps: Callable[[Callable[[], bool]], Iterator[Step]],
+        decoder: SpeculativeDecoder,
+        detokenizer: Detokenizer,
+        stop: Sequence[str],
+        finish: Finish,
+    ) -> None:
+        self._stop_strings = StopStrings(stop)
+        self._cancelled = threading.Event()
+        # At once, so that what is wrong with the arguments is raised at the call and not in the loop.
+        self._steps = steps(self._cancelled.is_set)
+        self._decoder = decoder
+        self._detokenizer = detokenizer
+        self._finish = finish
+        self._result: GenerationResult | None = None
+        self._pieces: Iterator[Piece] | None = None
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.finish_reason = FinishReason.CANCELLED
+        self.started_s = self.first_token_s = self.ended_s = 0.0
+        self.first_tokens = 0
+        """Tokens of the first step: they came with the prompt, and are not counted as decoding."""
+
+    @property
+    def stats(self) -> DecodeStats:
+        """The decoder's figures of this generation."""
+        return self._decoder.stats
+
+    @property
+    def result(self) -> GenerationResult:
+        """Text and figures; UsageError before the iteration has ended."""
+        if self._result is None:
+            raise UsageError("the generation has not ended: iterate over the stream first")
+        return self._result
+
+    def cancel(self) -> None:
+        """End the generation within one step, or within one chunk of the prompt."""
+        self._cancelled.set()
+
+    def __iter__(self) -> Iterator[Piece]:
+        if self._pieces is None:
+            self._pieces = self._generate()
+        return self._pieces
+
+    def _generate(self) -> Iterator[Piece]:
+        self.started_s = self.first_token_s = perf_counter()
+        try:
+            for step in self._steps:
+                if not self.token_ids and step.tokens:
+                    self.first_token_s = perf_counter()
+                    self.first_tokens = len(step.tokens)
+                text = self._take(step)
+                self.text += text
+                if self._stop_strings.matched is not None:
+                    self.finish_reason = FinishReason.STOP_STRING
+                elif step.finish_reason is not None:
+                    self.finish_reason = step.finish_reason
+                yield Piece(text, tuple(step.tokens))
+                if self._stop_strings.matched is not None:
+                    break
+            tail = self._stop_strings.push(self._detokenizer.flush()) + self._stop_strings.flush()
+            if tail and self._stop_strings.matched is None:
+                self.text += tail
+                yield Piece(tail)
+        finally:
+            self.ended_s = perf_counter()
+            self._result = self._finish(self)
+
+    def _take(self, step: Step) -> str:
+        text = ""
+        for token in step.tokens:
+            self.token_ids.append(token)
+            text += self._stop_strings.push(self._detokenizer.push(token))
+        return text
+
+
+def make_result(stream: Stream, *, prompt_tokens: int, info: EngineInfo) -> GenerationResult:
+    """The figures of a stream that has ended."""
+    stats = stream.stats
+    generated = len(stream.token_ids)
+    decode_s = stream.ended_s - stream.first_token_s
+    decoded = max(0, generated - stream.first_tokens)
+    return GenerationResult(
+        text=stream.text,
+        token_ids=stream.token_ids,
+        prompt_tokens=prompt_tokens,
+        generated_tokens=generated,
+        finish_reason=stream.finish_reason,
+        load_s=info.load_s,
+        ttft_s=stream.first_token_s - stream.started_s,
+        decode_tokens_per_s=decoded / decode_s if decoded and decode_s > 0 else 0.0,
+        total_s=stream.ended_s - stream.started_s,
+        steps=stats.steps,
+        drafted=stats.drafted,
+        accepted=stats.accepted,
+        acceptance_rate=stats.accepted / stats.drafted if stats.drafted else 0.0,
+        tokens_per_step=1 + stats.accepted / stats.steps if stats.steps else 0.0,
+        drafters=dict(stats.drafters),
+        target=info.target,
+        draft=info.draft,
+        backend=info.backend,
+        recipe=info.recipe,
+        threads=info.threads,
+        n_ctx=info.n_ctx,
+        peak_rss_bytes=peak_rss_bytes(),
+        notes=list(info.notes),
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far, mapped files included."""
+    import psutil
+
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,198 @@
+"""From a name to a model that is ready to decode: find the file, export it if need be, load it on a backend."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_spec.backends.base import CausalLM
+from edge_spec.chat_template import ChatTemplate
+from edge_spec.errors import BackendUnavailableError, UnsupportedArchitectureError, UsageError
+from edge_spec.export.exporter import Export, ensure_export, is_export, open_export
+from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
+from edge_spec.formats.gguf import GGUFFile
+from edge_spec.store import Store
+from edge_spec.tokenizer import Tokenizer
+
+DEFAULT_N_CTX = 4096
+
+StageProgress = Callable[[str, int, int], None]
+"""Called as `progress(stage, done, total)`; stages are `export NAME` (bytes) and `load NAME`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model before it is loaded: its GGUF, or an export that stands alone."""
+
+    name: str
+    gguf: Path
+    sha256: str
+    export: Export | None
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    n_ctx_train: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on a backend. `recipe` names how its weights are stored; `notes` what the user should know."""
+
+    model: CausalLM
+    backend: str
+    recipe: str
+    notes: tuple[str, ...]
+
+
+def find_source(store: Store, ref: str | Path) -> Source:
+    """The model behind a name, a pulled hub reference, a GGUF's path or the folder of an export, with its tokenizer."""
+    path = Path(ref).expanduser()
+    if is_export(path):
+        export = open_export(path)
+        return _read(path.resolve().name, export.source_file, export.source_sha256, export)
+    local = store.resolve(ref)
+    return _read(local.name, local.path, local.sha256, None)
+
+
+def _read(name: str, path: Path, sha256: str, export: Export | None) -> Source:
+    with GGUFFile(path) as gguf:
+        return Source(
+            name=name,
+            gguf=path,
+            sha256=sha256,
+            export=export,
+            tokenizer=Tokenizer.from_gguf(gguf),
+            template=ChatTemplate.from_gguf(gguf),
+            n_ctx_train=gguf.hparam_int("context_length"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """Loads sources. `backend` is "onnx" or "llama"; `recipe` None follows the source."""
+
+    store: Store
+    backend: str
+    threads: int
+    progress: StageProgress | None = None
+
+    def load(self, source: Source, *, n_ctx: int, recipe: Recipe | None, aligned: bool) -> LoadedModel:
+        """Load a model with a cache of `n_ctx` tokens.
+
+        `aligned`: pad its passes so that a row's logits do not depend on what else is in the pass. An architecture
+        that the exporter does not know runs on llama.cpp, if that is installed, and says so.
+        """
+        if self.backend == "llama":
+            return self._load_llama(source, n_ctx)
+        try:
+            export = source.export or self._export(source, recipe)
+        except UnsupportedArchitectureError as unknown:
+            try:
+                loaded = self._load_llama(source, n_ctx)
+            except BackendUnavailableError as missing:
+                raise UnsupportedArchitectureError(
+                    f"{unknown}. The llama backend may run it: {missing}. Or choose a model of a known architecture"
+                ) from missing
+            note = f"{source.name} runs on the llama backend: {unknown}"
+            return LoadedModel(loaded.model, loaded.backend, loaded.recipe, (note, *loaded.notes))
+        return self._load_onnx(source, export, n_ctx, aligned)
+
+    def _export(self, source: Source, recipe: Recipe | None) -> Export:
+        if recipe is None:
+            with GGUFFile(source.gguf) as gguf:
+                recipe = default_recipe(gguf)
+
+        def report(done: int, total: int) -> None:
+            self._report(f"export {source.name}", done, total)
+
+        exports = self.store.exports_dir
+        return ensure_export(source.gguf, source.sha256, recipe, exports, threads=self.threads, progress=report)
+
+    def _load_onnx(self, source: Source, export: Export, n_ctx: int, aligned: bool) -> LoadedModel:
+        from edge_spec.backends.alignment import align
+        from edge_spec.backends.onnx import OnnxModel
+
+        self._report(f"load {source.name}", 0, 1)
+        model = OnnxModel(export, name=source.name, n_ctx=n_ctx, threads=self.threads)
+        notes = []
+        if export.requantized:
+            notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")
+        if aligned:
+            align(model, self.store.cache_dir / "row_alignment.json", _alignment_key(export, self.threads))
+            if model.spec.row_alignment is None:
+                notes.append("on this processor a greedy text may differ in a near tie from plain decoding's")
+        self._report(f"load {source.name}", 1, 1)
+        return LoadedModel(model, "onnx", export.recipe.name, tuple(notes))
+
+    def _load_llama(self, source: Source, n_ctx: int) -> LoadedModel:
+        from edge_spec.backends import llama
+
+        if source.export is not None:
+            raise UsageError(f"{source.name} is an ONNX export; the llama backend runs GGUF files")
+        self._report(f"load {source.name}", 0, 1)
+        model = llama.load(source.gguf, name=source.name, n_ctx=n_ctx, threads=self.threads)
+        self._report(f"load {source.name}", 1, 1)
+        return LoadedModel(model, "llama", _file_type(source.gguf), ())
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+def chosen_recipe(name: str | None, backend: str, source: Source) -> Recipe | None:
+    """The recipe that the user asked for; UsageError where it could not be honoured."""
+    if name is None:
+        return None
+    recipe = find_recipe(name)
+    if backend == "llama":
+        raise UsageError("the llama backend runs a GGUF's weights as they are; drop the recipe")
+    if source.export is not None and source.export.recipe != recipe:
+        raise UsageError(f"{source.name} was exported with the recipe {source.export.recipe.name}, not {name}")
+    return recipe
+
+
+def draft_recipe(source: Source) -> Recipe | None:
+    """4 bits: a draft's weights never decide what is written, only how fast."""
+    return None if source.export is not None else RECIPES["int4"]
+
+
+def choose_n_ctx(source: Source, n_ctx: int | None) -> int:
+    """The window: what was asked for, else 4,096 or the model's own limit if that is smaller."""
+    if n_ctx is None:
+        return min(DEFAULT_N_CTX, source.n_ctx_train)
+    if not 2 <= n_ctx <= source.n_ctx_train:
+        raise UsageError(f"n_ctx={n_ctx}: {source.name} takes from 2 to {source.n_ctx_train} tokens")
+    return n_ctx
+
+
+def _alignment_key(export: Export, threads: int) -> str:
+    import onnxruntime
+
+    machine = f"{platform.machine()} {_cpu_model()}"
+    return f"{machine} | onnxruntime {onnxruntime.__version__} | {export.path.name} {export.source_sha256} | {threads}"
+
+
+def _cpu_model() -> str:
+    """The processor's name and features where the system tells them: kernels are chosen by the features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    import hashlib
+
+    told = [line.split(":", 1)[1].strip() for line in lines if line.split("\t")[0].strip() in wanted]
+    return f"{told[0] if told else ''} {hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
+
+
+def _file_type(path: Path) -> str:
+    """How a GGUF says that it is quantised, `Q4_K_M` for example; `gguf` where it does not say."""
+    with GGUFFile(path) as gguf:
+        number = gguf.get_int("general.file_type", -1)
+    from gguf.constants import LlamaFileType
+
+    try:
+        return str(LlamaFileType(number).name).removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        return "gguf"
