@@ -104,9 +104,9 @@ def test_reset_forgets_the_conversation_and_stats_add_up(monkeypatch: pytest.Mon
         0,
         "ab\nc\n",
         f"{BANNER}{FIGURES}\n{FIGURES}\n"
-        f"2 answers, 3 tokens; 11 of 4096 in the window\nlast answer: {FIGURES}\n{setup}"
+        f"answers: 2, tokens: 3; 11 of 4096 in the window\nlast answer: {FIGURES}\n{setup}"
         f"the conversation is forgotten\n"
-        f"2 answers, 3 tokens; 0 of 4096 in the window\n{setup}",
+        f"answers: 2, tokens: 3; 0 of 4096 in the window\n{setup}",
     )
     assert engine.chats[0].messages == [{"role": "system", "content": "You are scripted."}]
 
@@ -274,15 +274,15 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_keeps_the_session(tmp_path: P
         terminal.expect(">")
         terminal.type("first\r")
         terminal.expect("begin")
-        terminal.type("\x03")
-        assert "NEVER" not in terminal.expect("finished: cancelled")
+        terminal.type("unseen\r\x03")
+        assert terminal.expect(f"{FIGURES} · finished: cancelled") == "\n"
         terminal.expect(">")
         terminal.type("half a line\x03second\r")
         terminal.expect("answer to {}\n")
         terminal.expect(FIGURES)
         terminal.expect(">")
         terminal.type("/stats\r")
-        terminal.expect("2 answers, 2 tokens")
+        terminal.expect("answers: 2, tokens: 2")
         terminal.expect(">")
         terminal.type("\x04")
         assert terminal.wait() == 0

@@ -257,7 +257,7 @@ def test_a_third_ctrl_c_does_not_wait_for_a_stream_that_will_not_end(monkeypatch
 
 
 def test_without_a_terminal_an_export_says_so_in_a_line_and_the_rest_stays_quiet(engine: FakeEngine) -> None:
-    engine.load_progress = [("export big", step, 300) for step in range(301)] + [("load", 0, 1), ("load", 1, 1)]
+    engine.load_progress = [("export big", step, 300) for step in range(1, 301)] + [("load", 0, 1), ("load", 1, 1)]
     transcript = run("generate", "x")
     assert transcript.err == f"export big ...\n{FIGURES} · {SETUP}\n"
 

@@ -91,13 +91,13 @@ def chat(
 
 
 def _talk(conversation: Conversation) -> None:
-    from edge_spec.cli.prompt import LinePrompt
+    from edge_spec.cli.prompt import LinePrompt, echo_off
     from edge_spec.store import Store
 
     remark("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
     for message in LinePrompt(Store().cache_dir / _HISTORY_FILE):
         # Ctrl-C between the pieces of a turn, where no stream is there to be stopped: the session goes on.
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), echo_off():
             if not conversation.handle(message):
                 return
 

@@ -114,7 +114,7 @@ class Conversation:
         totals = self._totals
         used = totals.last.prompt_tokens + totals.last.generated_tokens if totals.last else 0
         return [
-            f"{totals.answers} answers, {totals.tokens} tokens; {used} of {self._info.n_ctx} in the window",
+            f"answers: {totals.answers}, tokens: {totals.tokens}; {used} of {self._info.n_ctx} in the window",
             *([f"last answer: {figures(totals.last)}"] if totals.last else []),
             *(drafter_line(name, stats) for name, stats in totals.drafters.items()),
             setup(self._info),

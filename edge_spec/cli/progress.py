@@ -74,7 +74,7 @@ class ProgressDisplay:
         now = self._clock()
         if announce or (now - self._last_line_s >= _PLAIN_EVERY_S and done < total):
             self._last_line_s = now
-            share = f" {done / total:.0%}" if total and done else ""
+            share = "" if announce or not total else f" {done / total:.0%}"
             print(f"{stage}{share} ...", file=sys.stderr, flush=True)
 
 
