@@ -65,7 +65,7 @@ class ProgressDisplay:
         elif stage != self._stage:
             self._bar.reset(self._task, description=stage)
         self._stage = stage
-        self._bar.update(self._task, completed=done, total=total or None)
+        self._bar.update(self._task, completed=done, total=total if total > 1 else None)
 
     def _print(self, stage: str, done: int, total: int) -> None:
         # An export takes a minute, so it is announced; everything else speaks up only if it turns out to be slow.
