@@ -95,6 +95,9 @@ class Engine:
         if drafter == "model" and draft is None:
             raise UsageError("the drafter 'model' needs a draft model: name one, or use 'lookup'")
 
+        if draft_tokens is not None and draft is None:
+            raise UsageError("draft_tokens is for the draft model, and no draft model is used")
+
         source = find_source(store, known.target if known else target or "")
         draft_source = find_source(store, draft) if draft is not None else None
         if draft_source is not None:
@@ -105,8 +108,13 @@ class Engine:
 
         chosen = chosen_recipe(recipe, backend, source)
         loaded = loader.load(source, n_ctx=window, recipe=chosen, aligned=pad_rows)
-        drafters: dict[str, Drafter] = {"none": NoDrafter(), "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS)}
+        drafters: dict[str, Drafter] = {
+            "none": NoDrafter(),
+            "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
+        }
         notes = list(loaded.notes)
+        if drafter != "none" and loaded.model.spec.row_alignment is None:
+            notes.append("rows are not padded here: in a near tie, greedy text may differ from plain decoding's")
         try:
             if draft_source is not None:
                 draft_window = min(window, draft_source.n_ctx_train)

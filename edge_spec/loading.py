@@ -120,8 +120,6 @@ class Loader:
             notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")
         if aligned:
             align(model, self.store.cache_dir / "row_alignment.json", _alignment_key(export, self.threads))
-            if model.spec.row_alignment is None:
-                notes.append("on this processor a greedy text may differ in a near tie from plain decoding's")
         self._report(f"load {source.name}", 1, 1)
         return LoadedModel(model, "onnx", export.recipe.name, tuple(notes))
 

@@ -42,13 +42,7 @@ def _options(
 
 
 for _name in COMMANDS:
-    try:
-        _module = importlib.import_module(f"edge_spec.cli.{_name}")
-    except ModuleNotFoundError as _exc:
-        if not (_exc.name or "").startswith("edge_spec."):
-            raise
-        continue
-    app.command(_name)(getattr(_module, _name))
+    app.command(_name)(getattr(importlib.import_module(f"edge_spec.cli.{_name}"), _name))
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

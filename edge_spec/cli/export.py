@@ -1,0 +1,65 @@
+"""`edge-spec export`: a GGUF as a folder that the onnx backend runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edge_spec.cli.console import byte_progress, print_note
+from edge_spec.errors import UsageError
+from edge_spec.sizes import format_size
+
+if TYPE_CHECKING:
+    from edge_spec.export.recipe import Recipe
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="A model's name, a pulled hub reference, or a GGUF file.")],
+    to: Annotated[
+        Path | None, typer.Option(help="The new folder; it stands alone. Default: the store, as the first run does.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="int4, int8 or exact. Default: follows the source.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8 bits a weight, for a recipe of your own.")] = None,
+    block: Annotated[int | None, typer.Option(help="Weights that share a scale, for a recipe of your own.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+) -> None:
+    """Export a model to ONNX with 4- or 8-bit weights. The folder's path goes to standard output."""
+    from edge_spec.export.exporter import ensure_export, export_model
+    from edge_spec.store import Store
+
+    store = Store()
+    model = store.resolve(source)
+    chosen = _choose(model.path, recipe, bits, block)
+    with byte_progress(f"export {model.name} as {chosen.name}") as (progress, _):
+        if to is None:
+            made = ensure_export(
+                model.path, model.sha256, chosen, store.exports_dir, threads=threads, progress=progress
+            )
+        else:
+            made = export_model(
+                model.path, chosen, to.expanduser(), sha256=model.sha256, threads=threads, progress=progress
+            )
+    if made.requantized:
+        print_note(f"no exact form for {', '.join(made.requantized)} tensors: stored with {chosen.bits} bits")
+    print_note(f"{format_size(made.weight_bytes)} of weights")
+    print(made.path)
+
+
+def _choose(path: Path, name: str | None, bits: int | None, block: int | None) -> Recipe:
+    from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
+    from edge_spec.formats.gguf import GGUFFile
+
+    own = bits is not None or block is not None
+    if name is not None:
+        if own:
+            raise UsageError("--recipe decides bits and block: give --recipe, or --bits and --block")
+        return find_recipe(name)
+    with GGUFFile(path) as gguf:
+        default = default_recipe(gguf)
+    if not own:
+        return default
+    bits, block = bits or default.bits, block or default.block
+    known = (recipe for recipe in RECIPES.values() if (recipe.bits, recipe.block, recipe.exact) == (bits, block, False))
+    return next(known, Recipe(f"int{bits}-block{block}", bits=bits, block=block))
