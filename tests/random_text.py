@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import unicodedata
-from collections.abc import Sequence
 
 _RANGES = [
     (0x20, 0x7E), (0xA1, 0xFF), (0x100, 0x17F), (0x370, 0x3FF), (0x400, 0x4FF), (0x531, 0x556), (0x5D0, 0x5EA),
@@ -39,28 +38,32 @@ def random_texts(count: int, seed: int) -> list[str]:
 
 
 def _piece(source: random.Random) -> str:
-    kinds: Sequence[str] = ("word", "word", "char", "digits", "space", "mark", "emoji", "code", "special", "any")
-    match source.choice(kinds):
-        case "word":
-            low, high = source.choice(_RANGES)
-            body = "".join(chr(source.randint(low, high)) for _ in range(source.randint(1, 8)))
-            return source.choice(["", " "]) + body
-        case "digits":
-            return "".join(source.choice("0123456789") for _ in range(source.randint(1, 9)))
-        case "space":
-            return source.choice(_SPACES) * source.randint(1, 3)
-        case "mark":
-            return source.choice("aeiouกक") + source.choice(_MARKS)
-        case "emoji":
-            return source.choice(_EMOJI)
-        case "code":
-            return source.choice(_CODE)
-        case "special":
-            return source.choice(SPECIAL_LOOKING)
-        case "any":
-            return _any(source)
-        case _:
-            return chr(source.randint(*source.choice(_RANGES)))
+    return source.choice([_word, _word, _char, _digits, _space, _mark, _listed, _listed, _listed, _any])(source)
+
+
+def _word(source: random.Random) -> str:
+    low, high = source.choice(_RANGES)
+    return source.choice(["", " "]) + "".join(chr(source.randint(low, high)) for _ in range(source.randint(1, 8)))
+
+
+def _char(source: random.Random) -> str:
+    return chr(source.randint(*source.choice(_RANGES)))
+
+
+def _digits(source: random.Random) -> str:
+    return "".join(source.choice("0123456789") for _ in range(source.randint(1, 9)))
+
+
+def _space(source: random.Random) -> str:
+    return source.choice(_SPACES) * source.randint(1, 3)
+
+
+def _mark(source: random.Random) -> str:
+    return source.choice("aeiouกक") + source.choice(_MARKS)
+
+
+def _listed(source: random.Random) -> str:
+    return source.choice(source.choice([_EMOJI, _CODE, SPECIAL_LOOKING]))
 
 
 def _any(source: random.Random) -> str:
