@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.filters import do_indent
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -26,6 +27,9 @@ MAX_BITS = 256
 
 _PADDING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)")
+_WIDE_FIELD = re.compile(r"\{[^}]*:[^}]*(?:\d{4}|\{)")
+MAX_INDENT = 100
+"""Characters of indentation."""
 
 
 class _Generation(Extension):
@@ -47,6 +51,7 @@ class ChatSandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
         self.filters["tojson"] = _to_json
+        self.filters["indent"] = _indent
         for name in ("center", "format"):
             del self.filters[name]
         self.globals["raise_exception"] = _refuse
@@ -55,6 +60,14 @@ class ChatSandbox(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Also refuse the string methods that pad to any width."""
         return not (isinstance(obj, str) and attr in _PADDING_METHODS) and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Refuse `str.format` with a field of any width."""
+        text = getattr(value, "__self__", None)
+        if isinstance(text, str) and value.__name__.startswith("format") and _WIDE_FIELD.search(text):
+            raise SecurityError("a format is too wide")
+        wrapped: Callable[..., str] | None = super().wrap_str_format(value)
+        return wrapped
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Check a product, power or `%` before it is worked out."""
@@ -94,7 +107,18 @@ def _repeated(left: Any, right: Any) -> int:
     return len(sized) * times if isinstance(times, int) and hasattr(sized, "__len__") else 0
 
 
+def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    _check_indent(width)
+    return do_indent(text, width, first, blank)
+
+
+def _check_indent(width: object) -> None:
+    if (width if isinstance(width, int) else len(str(width))) > MAX_INDENT:
+        raise SecurityError("an indentation is too wide")
+
+
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    _check_indent(indent)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 

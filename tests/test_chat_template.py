@@ -49,6 +49,7 @@ def test_the_files_own_template_is_used_with_its_tokens(tmp_path: Path) -> None:
         ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "hi"),
         ("{{ strftime_now('%Y') | length }}", "4"),
         ("{% if tools is defined %}x{% endif %}{{ undefined_thing }}", ""),
+        ("{{ '{:.1f}'.format(1) }}{{ 'a\nb' | indent(2) }}{{ [1] | tojson(indent=1) }}", "1.0a\n  b[\n 1\n]"),
         ("{{ '-' * 3 }}{{ 2 * 3 + 2 ** 3 }}{{ '%s' % 'a' }}", "---14a"),
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
     ],
@@ -78,7 +79,7 @@ def test_a_template_that_does_not_compile_is_refused(text: str) -> None:
     [
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__globals__['json'] }}",
         "{% include 'secrets' %}",
         "{{ 1 / 0 }}",
         "{{ messages[0].content.missing.deeper }}",
@@ -90,14 +91,17 @@ def test_a_template_that_does_not_compile_is_refused(text: str) -> None:
         "{{ 9 ** 9 ** 9 }}",
         "{{ '%1000000000d' % 1 }}",
         "{{ 'x'.ljust(1000000000) }}",
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 1000000000) }}",
+        "{{ 'a\nb' | indent(1000000000) }}",
+        "{{ [1] | tojson(indent=1000000000) }}",
         "{% for i in range(20000) %}{{ 'x' * 1000 }}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_a_hostile_or_failing_template_is_an_error(text: str) -> None:
     with pytest.raises(ModelFormatError):
-        template = ChatTemplate(text)
-        assert template.render(USER) != template.render(USER)
+        ChatTemplate(text).render(USER)
 
 
 @pytest.mark.parametrize(
