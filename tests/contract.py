@@ -1,6 +1,6 @@
 """The laws of `CausalLM`, one suite for every backend.
 
-A backend's test file subclasses `CausalLMContract` and overrides the fixture `make_model`:
+A backend's test file subclasses `CausalLMContract`, or `EqualRowsContract`, and overrides the fixture `make_model`:
 
     class TestFake(CausalLMContract):
         @pytest.fixture
@@ -253,12 +253,13 @@ class CausalLMContract:
         tokens = draw(model, 12)
         self.assert_same(model, read(model, tokens), read(open_model(N_CTX // 2), tokens))
 
-    # The promise behind exact speculation
+
+class EqualRowsContract(CausalLMContract):
+    """The laws of a backend that makes the promise behind exact speculation too."""
 
     def test_a_row_is_the_same_to_the_bit_in_every_pass(self, model: CausalLM) -> None:
         """For passes of 1 to 9 tokens, behind prefixes of several lengths, and after rollbacks."""
-        if model.spec.row_alignment is None:
-            pytest.skip("this backend does not promise it")
+        assert model.spec.row_alignment is not None
         tokens, wrong = draw(model, 40), draw(model, 40, seed=1)
         expected = {}
         for position in range(40):

@@ -7,23 +7,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from edge_spec.backends._llama_library import import_library
+
 
 class LlamaVocab:
     """A file's vocabulary, loaded by llama.cpp without its weights."""
 
     def __init__(self, path: Path) -> None:
-        import llama_cpp
-
-        self._lib: Any = llama_cpp
-        # The library calls back for as long as it lives, so the callback has to be kept.
-        self._quiet = _quiet(llama_cpp)
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
+        self._lib: Any = import_library()
+        params = self._lib.llama_model_default_params()
         params.vocab_only = True
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self._model = self._lib.llama_model_load_from_file(str(path).encode(), params)
         assert self._model, f"llama.cpp does not load {path}"
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.n_tokens = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.n_tokens = int(self._lib.llama_vocab_n_tokens(self._vocab))
 
     def __enter__(self) -> LlamaVocab:
         return self
@@ -48,13 +45,3 @@ class LlamaVocab:
         count = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
         assert count >= 0
         return buffer.raw[:count]
-
-
-_CALLBACKS: list[Any] = []
-
-
-def _quiet(llama_cpp: Any) -> Any:
-    if not _CALLBACKS:
-        _CALLBACKS.append(llama_cpp.llama_log_callback(lambda *_: None))
-        llama_cpp.llama_log_set(_CALLBACKS[0], ctypes.c_void_p(0))
-    return _CALLBACKS[0]

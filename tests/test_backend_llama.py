@@ -51,10 +51,6 @@ def test_a_library_without_its_own_dependency_says_which(tmp_path: Path, monkeyp
 class TestWithLibrary:
     """Everything below runs llama.cpp."""
 
-    @pytest.fixture(autouse=True)
-    def _needs_library(self) -> None:
-        pytest.importorskip("llama_cpp", reason="the llama extra is not installed")
-
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
         return write_tiny_gguf(tmp_path / "tiny.gguf")

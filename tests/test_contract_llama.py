@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from edge_spec.backends import llama
+from edge_spec.backends._llama_library import import_library
 from tests.contract import CausalLMContract, MakeModel
-from tests.real_models import smollm2_path
 from tests.tiny_models import write_tiny_gguf
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="the llama extra is not installed")
+llama_cpp = import_library()  # without the llama extra, its error names the command that installs it
 # The library opens these when it is imported and never closes them: noise at the end of a run with strict warnings.
 atexit.register(llama_cpp._utils.outnull_file.close)
 atexit.register(llama_cpp._utils.errnull_file.close)
@@ -27,11 +27,6 @@ def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qwen2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "qwen2.gguf"
     return write_tiny_gguf(path, architecture="qwen2", tied=False, tensor_type="F16")
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    return smollm2_path()
 
 
 class LlamaContract(CausalLMContract):
@@ -61,5 +56,5 @@ class TestTinyInManyPasses(LlamaContract):
 @pytest.mark.real
 class TestSmolLM2(LlamaContract):
     @pytest.fixture
-    def make_model(self, smollm2: Path) -> MakeModel:
-        return lambda n_ctx: llama.load(smollm2, name="smollm2-135m", n_ctx=n_ctx, threads=1)
+    def make_model(self, smollm2_path: Path) -> MakeModel:
+        return lambda n_ctx: llama.load(smollm2_path, name="smollm2-135m", n_ctx=n_ctx, threads=1)

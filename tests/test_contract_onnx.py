@@ -10,8 +10,7 @@ import pytest
 from edge_spec.backends.alignment import find_alignment
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.export import RECIPES, Export, export_model
-from tests.contract import CausalLMContract, MakeModel
-from tests.real_models import smollm2_path
+from tests.contract import CausalLMContract, EqualRowsContract, MakeModel
 from tests.tiny_models import write_tiny_gguf
 
 
@@ -52,7 +51,7 @@ class OnnxContract(CausalLMContract):
         return make
 
 
-class TestInt4(OnnxContract):
+class TestInt4(OnnxContract, EqualRowsContract):
     pass
 
 
@@ -61,11 +60,11 @@ class TestInt4Unaligned(OnnxContract):
     atol = 0.2  # an odd pass's last row goes through another kernel, which rounds otherwise
 
 
-class TestInt8(OnnxContract):
+class TestInt8(OnnxContract, EqualRowsContract):
     recipe = "int8"
 
 
-class TestExactQ4(OnnxContract):
+class TestExactQ4(OnnxContract, EqualRowsContract):
     recipe = "exact"
 
     @pytest.fixture(scope="class")
@@ -81,8 +80,8 @@ class TestExactQ4(OnnxContract):
 
 
 @pytest.mark.real
-class TestSmolLM2(OnnxContract):
+class TestSmolLM2(OnnxContract, EqualRowsContract):
     @pytest.fixture(scope="class")
     @classmethod
-    def source(cls) -> Path:
-        return smollm2_path()
+    def source(cls, smollm2_path: Path) -> Path:
+        return smollm2_path
