@@ -23,7 +23,9 @@ class StreamIds(Protocol):
         stop: Sequence[str],
         on_progress: Progress | None,
         done: Callable[[GenerationResult], None],
-    ) -> Stream: ...
+    ) -> Stream:
+        """Start it."""
+        ...
 
 
 class Chat:

@@ -8,11 +8,12 @@ from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 
+from edge_spec.cache_file import CacheFile
 from edge_spec.conversation import Chat
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter, NoDrafter
 from edge_spec.decoding.session import Session
-from edge_spec.drafting import FirstOf, LookupDrafter, ModelDrafter
+from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, Stream, make_result
 from edge_spec.loading import (
@@ -23,25 +24,32 @@ from edge_spec.loading import (
     chosen_recipe,
     draft_recipe,
     find_source,
+    machine_key,
 )
 from edge_spec.store import DEFAULT_PAIR, Store
 from edge_spec.tokenizer import check_same_vocabulary
-from edge_spec.types import GenerationResult, Progress, SamplingParams
+from edge_spec.types import GenerationResult, ModelSpec, Progress, SamplingParams
 
 BACKENDS = ("onnx", "llama")
 DRAFTERS = ("none", "lookup", "model", "auto")
 
-DRAFT_TOKENS, LOOKUP_TOKENS, MAX_DRAFT_TOKENS = 3, 7, 15
+DRAFT_TOKENS, LOOKUP_TOKENS = 3, 7
+"""Lengths of drafts where no planner chooses them."""
+PLANNED_TOKENS, MAX_DRAFT_TOKENS = 7, 15
 
 
 class Engine:
     """A loaded target, its draft and their caches. Made by `load`; a context manager; for one generation at a time."""
 
-    def __init__(self, info: EngineInfo, source: Source, target: Session, drafters: dict[str, Drafter]) -> None:
+    def __init__(
+        self, info: EngineInfo, source: Source, target: Session, drafters: dict[str, Drafter], kept: _KeptCosts
+    ) -> None:
         self.info = info
         self._source = source
         self._target = target
         self._drafters = drafters
+        self._kept = kept
+        kept.restore(drafters["auto"])
 
     @classmethod
     def load(
@@ -108,13 +116,10 @@ class Engine:
 
         chosen = chosen_recipe(recipe, backend, source)
         loaded = loader.load(source, n_ctx=window, recipe=chosen, aligned=pad_rows)
-        drafters: dict[str, Drafter] = {
-            "none": NoDrafter(),
-            "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
-        }
         notes = list(loaded.notes)
         if drafter != "none" and loaded.model.spec.row_alignment is None:
             notes.append("rows are not padded here: in a near tie, greedy text may differ from plain decoding's")
+        model = None
         try:
             if draft_source is not None:
                 draft_window = min(window, draft_source.n_ctx_train)
@@ -123,12 +128,10 @@ class Engine:
                 )
                 notes += drafting.notes
                 model = ModelDrafter(Session(drafting.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
-                drafters |= {"model": model, "auto": FirstOf([drafters["lookup"], model])}
-            else:
-                drafters["auto"] = drafters["lookup"]
         except BaseException:
             loaded.model.close()
             raise
+        drafters = _make_drafters(loaded.model.spec, model, draft_tokens or PLANNED_TOKENS)
         drafters["default"] = drafters[drafter]
         info = EngineInfo(
             target=source.name,
@@ -142,7 +145,9 @@ class Engine:
             chat_sampling=known.sampling if known else SamplingParams(),
             chat_system=known.system if known else None,
         )
-        return cls(info, source, Session(loaded.model), drafters)
+        names = f"{source.sha256} {loaded.backend} {loaded.recipe} | {draft_source.sha256 if draft_source else None}"
+        costs = _KeptCosts(CacheFile(store.cache_dir / "costs.json"), f"{machine_key(threads)} | {names}")
+        return cls(info, source, Session(loaded.model), drafters, costs)
 
     def __enter__(self) -> Engine:
         return self
@@ -231,7 +236,8 @@ class Engine:
             session.forget()
 
     def close(self) -> None:
-        """Give the memory back. Closing twice is not an error."""
+        """Keep what was learnt of the machine and give the memory back. Closing twice is not an error."""
+        self._kept.keep(self._drafters["auto"])
         for session in self._sessions():
             session.close()
 
@@ -281,6 +287,37 @@ class Engine:
         if name == "model" and name not in self._drafters:
             raise UsageError("no draft model was loaded: load the engine with a draft, or use 'lookup'")
         return self._drafters[name]
+
+
+class _KeptCosts:
+    """What a planner learnt of the machine, from run to run."""
+
+    def __init__(self, cache: CacheFile, key: str) -> None:
+        self._cache = cache
+        self._key = key
+
+    def restore(self, drafter: Drafter) -> None:
+        kept = self._cache.get(self._key)
+        if isinstance(drafter, Planner) and isinstance(kept, dict):
+            drafter.costs.restore(kept)
+
+    def keep(self, drafter: Drafter) -> None:
+        if isinstance(drafter, Planner) and (learnt := drafter.costs.to_json()):
+            self._cache.put(self._key, learnt)
+
+
+def _make_drafters(target: ModelSpec, model: ModelDrafter | None, planned_tokens: int) -> dict[str, Drafter]:
+    """Every drafter by its name; "auto" plans with all of them."""
+
+    def costs() -> Costs:
+        share = model.session.spec.weight_bytes / target.weight_bytes if model else 0.0
+        return Costs(max_rows=target.max_rows, alignment=target.row_alignment or 1, draft_share=share)
+
+    planner = Planner(
+        costs(), LookupDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True), model, fixed=costs(), max_draft=planned_tokens
+    )
+    drafters = {"none": NoDrafter(), "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS), "auto": planner}
+    return drafters | ({"model": model} if model is not None else {})
 
 
 def physical_cores() -> int:

@@ -79,5 +79,5 @@ class RollbackUnsupportedError(EdgeSpecError):
     """The backend cannot drop the last cached tokens (recurrent state, or a sliding window that has moved on)."""
 
 
-class GenerationCancelled(EdgeSpecError):
+class GenerationCancelled(EdgeSpecError):  # noqa: N818 - an outcome, not a fault
     """The caller cancelled while the prompt was being read; what was read stays in the cache."""

@@ -13,6 +13,7 @@ from edge_spec.errors import UsageError
 from edge_spec.tokenizer import Detokenizer
 from edge_spec.types import FinishReason, GenerationResult, Piece, SamplingParams
 
+
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What was loaded. `recipe` says how the target's weights are stored, `notes` what the user should know."""

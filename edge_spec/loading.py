@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from edge_spec.backends.base import CausalLM
+from edge_spec.cache_file import CacheFile
 from edge_spec.chat_template import ChatTemplate
 from edge_spec.errors import BackendUnavailableError, UnsupportedArchitectureError, UsageError
 from edge_spec.export.exporter import Export, ensure_export, is_export, open_export
@@ -119,7 +122,8 @@ class Loader:
         if export.requantized:
             notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")
         if aligned:
-            align(model, self.store.cache_dir / "row_alignment.json", _alignment_key(export, self.threads))
+            cache = CacheFile(self.store.cache_dir / "row_alignment.json")
+            align(model, cache, f"{machine_key(self.threads)} | {export.path.name} {source.sha256}")
         self._report(f"load {source.name}", 1, 1)
         return LoadedModel(model, "onnx", export.recipe.name, tuple(notes))
 
@@ -164,11 +168,10 @@ def choose_n_ctx(source: Source, n_ctx: int | None) -> int:
     return n_ctx
 
 
-def _alignment_key(export: Export, threads: int) -> str:
-    import onnxruntime
-
-    machine = f"{platform.machine()} {_cpu_model()}"
-    return f"{machine} | onnxruntime {onnxruntime.__version__} | {export.path.name} {export.source_sha256} | {threads}"
+def machine_key(threads: int) -> str:
+    """What measured figures depend on besides the model: processor, engine version and threads."""
+    engine = metadata.version("onnxruntime")
+    return f"{platform.machine()} {_cpu_model()} | onnxruntime {engine} | {threads} threads"
 
 
 def _cpu_model() -> str:
@@ -178,8 +181,6 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
-    import hashlib
-
     told = [line.split(":", 1)[1].strip() for line in lines if line.split("\t")[0].strip() in wanted]
     return f"{told[0] if told else ''} {hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
 

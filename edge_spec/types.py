@@ -82,11 +82,13 @@ class Draft:
     """A chain of proposed tokens. `q[i]` is the distribution that `tokens[i]` was really sampled from.
 
     `q` None means that the tokens were not sampled (each q is one-hot): lookups, and a greedy draft model.
+    `confidence[i]`, where it is given, is what the drafter thinks of `tokens[i]`, on a scale of its own.
     """
 
     tokens: list[int]
     q: list[SparseProbs] | None = None
     source: str = "none"
+    confidence: Sequence[float] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

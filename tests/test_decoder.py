@@ -11,7 +11,7 @@ import pytest
 
 from edge_spec.decoding import SpeculativeDecoder, Step
 from edge_spec.decoding.session import PREFILL_CHUNK, Session
-from edge_spec.drafting import Drafter, FirstOf, LookupDrafter, ModelDrafter, NoDrafter
+from edge_spec.drafting import Costs, Drafter, LookupDrafter, ModelDrafter, NoDrafter, Planner, Request
 from edge_spec.errors import BackendError, ContextLengthError, UsageError
 from edge_spec.types import Context, Draft, DrafterStats, FinishReason, SamplingParams
 from tests.fakes import FakeLM, FakeTokenizer, ScriptedLM
@@ -63,15 +63,36 @@ class OracleDrafter(Drafter):
         return Draft(self._text[done : done + max_tokens], source=self.name)
 
 
+class UnsureDrafter(ModelDrafter):
+    """A model that proposes only what it gives more than 0.3."""
+
+    def start(self, request: Request) -> None:
+        super().start(request)
+        self.pace = self
+
+    def worth_drafting(self, confidence: Sequence[float]) -> bool:
+        return len(confidence) < 6
+
+    def worth_verifying(self, confidence: Sequence[float]) -> bool:
+        return confidence[-1] >= 0.3
+
+
+def planner(model: ModelDrafter | None) -> Planner:
+    """A planner for a target of whose passes nothing is known."""
+    lookup = LookupDrafter(max_draft=7, bold=True)
+    return Planner(Costs(max_rows=8), lookup, model, fixed=Costs(max_rows=8))
+
+
 DRAFTERS: dict[str, Callable[[int, int], Drafter]] = {
     "none": lambda n_vocab, seed: NoDrafter(),
     "random": RandomDrafter,
     "lookup": lambda n_vocab, seed: LookupDrafter(max_draft=1 + seed % 7),
     "model": lambda n_vocab, seed: model_drafter(n_vocab, seed, draft_tokens=1 + seed % 5),
     "self": lambda n_vocab, seed: model_drafter(n_vocab, seed // 7, draft_tokens=3),
-    "unsure": lambda n_vocab, seed: model_drafter(n_vocab, seed // 7, draft_tokens=6, min_probability=0.3),
+    "unsure": lambda n_vocab, seed: UnsureDrafter(Session(FakeLM(n_vocab, 64, seed // 7))),
     "short window": lambda n_vocab, seed: model_drafter(n_vocab, seed // 7, n_ctx=16),
-    "chain": lambda n_vocab, seed: FirstOf([LookupDrafter(), model_drafter(n_vocab, seed // 7, draft_tokens=2)]),
+    "planner": lambda n_vocab, seed: planner(model_drafter(n_vocab, seed // 7)),
+    "planner without a model": lambda n_vocab, seed: planner(None),
 }
 
 
@@ -117,7 +138,7 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["none", "random", "lookup", "model", "unsure", "chain"])
+@pytest.mark.parametrize("kind", ["none", "random", "lookup", "model", "unsure", "planner"])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_sampled_text_has_the_targets_distribution(name: str, kind: str) -> None:
     """Whole texts of four tokens against their exact probabilities.
@@ -211,14 +232,13 @@ def test_a_step_yields_the_accepted_tokens_and_the_next() -> None:
 
 
 def test_statistics_add_up_by_drafter() -> None:
-    chain = FirstOf([LookupDrafter(min_match=3), model_drafter(16, 1, draft_tokens=2)])
-    decoder = SpeculativeDecoder(Session(FakeLM()), chain)
+    decoder = SpeculativeDecoder(Session(FakeLM()), planner(model_drafter(16, 1)))
     steps = list(decoder.generate(PROMPT, max_tokens=50))
     stats = decoder.stats
     assert stats.steps == len(steps)
     assert stats.drafted == sum(step.drafted for step in steps)
     assert stats.accepted == sum(step.accepted for step in steps)
-    assert {"lookup", "model"} <= set(stats.drafters) <= {"lookup", "model", "none"}
+    assert {"model"} <= set(stats.drafters) <= {"lookup", "model", "none"}
     for name in stats.drafters:
         mine = [step for step in steps if step.source == name]
         expected = DrafterStats(len(mine), sum(step.drafted for step in mine), sum(step.accepted for step in mine))
@@ -226,7 +246,7 @@ def test_statistics_add_up_by_drafter() -> None:
     assert min(stats.prefill_s, stats.draft_s, stats.target_s, stats.own_s) > 0
 
 
-@pytest.mark.parametrize("kind", ["none", "self", "lookup", "chain"])
+@pytest.mark.parametrize("kind", ["none", "self", "lookup", "planner"])
 def test_cancelling_takes_effect_within_one_step(kind: str) -> None:
     model = FakeLM()
     decoder = SpeculativeDecoder(Session(model), DRAFTERS[kind](16, 0))
@@ -272,7 +292,7 @@ def test_after_a_failure_the_decoder_is_as_good_as_new(fail_at: int, whose: str)
     assert again == greedy_text(target, PROMPT, 30, SamplingParams())
 
 
-@pytest.mark.parametrize("kind", ["none", "random", "self", "chain"])
+@pytest.mark.parametrize("kind", ["none", "random", "self", "planner"])
 def test_an_abandoned_generation_leaves_a_usable_decoder(kind: str) -> None:
     model = FakeLM(order=None)
     decoder = SpeculativeDecoder(Session(model), DRAFTERS[kind](16, 0))
@@ -281,7 +301,7 @@ def test_an_abandoned_generation_leaves_a_usable_decoder(kind: str) -> None:
     assert tokens_of(list(decoder.generate([4, 5], max_tokens=20))) == greedy_text(model, [4, 5], 20, SamplingParams())
 
 
-@pytest.mark.parametrize("kind", ["none", "self", "chain"])
+@pytest.mark.parametrize("kind", ["none", "self", "planner"])
 def test_the_next_turn_reads_only_what_is_new(kind: str) -> None:
     model = FakeLM()
     decoder = SpeculativeDecoder(Session(model), DRAFTERS[kind](16, 0))

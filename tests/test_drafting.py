@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from edge_spec.decoding.session import Session
-from edge_spec.drafting import Drafter, FirstOf, LookupDrafter, ModelDrafter, NoDrafter, Request
+from edge_spec.drafting import Drafter, LookupDrafter, ModelDrafter, NoDrafter, Request
 from edge_spec.errors import GenerationCancelled
-from edge_spec.types import Draft, SamplingParams, Verdict
+from edge_spec.types import Draft, SamplingParams
 from tests.fakes import FakeLM
 from tests.reference import distribution, greedy_text
 
@@ -154,6 +155,16 @@ def test_a_model_never_drafts_ids_that_the_target_lacks() -> None:
         assert max(drafter.propose([1], 30).tokens) < 4
 
 
+class HalfSure:
+    """Drafts up to eight tokens, and only what the model gives at least a half."""
+
+    def worth_drafting(self, confidence: Sequence[float]) -> bool:
+        return len(confidence) < 8
+
+    def worth_verifying(self, confidence: Sequence[float]) -> bool:
+        return confidence[-1] >= 0.5
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_stops_where_it_is_unsure_whatever_it_would_have_drawn(temperature: float) -> None:
     """Were the drawn token to decide, the tokens that are proposed would not be distributed as q says."""
@@ -161,8 +172,10 @@ def test_a_model_stops_where_it_is_unsure_whatever_it_would_have_drawn(temperatu
     lengths = set()
     for seed in range(40):
         model = FakeLM(n_vocab=6, seed=seed, sharpness=2.5)
-        drafter = model_drafter(model, draft_tokens=8, min_probability=0.5)
-        tokens = started(drafter, SamplingParams(temperature=temperature)).propose([1], 99).tokens
+        drafter = model_drafter(model)
+        drafter.start(request(SamplingParams(temperature=temperature)))
+        drafter.pace = HalfSure()
+        tokens = drafter.propose([1], 99).tokens
         for i in range(min(len(tokens) + 1, 8)):
             confidence = distribution(model.logits_after([1, *tokens[:i]]), [], [], plain).max()
             assert (confidence >= 0.5) == (i < len(tokens))
@@ -201,45 +214,5 @@ def test_a_model_can_be_cancelled_while_it_reads() -> None:
 
 def test_closing_gives_the_model_back() -> None:
     model = FakeLM()
-    FirstOf([LookupDrafter(), model_drafter(model)]).close()
+    model_drafter(model).close()
     assert model.closed
-
-
-# ---- chain
-
-
-class Recorder(Drafter):
-    def __init__(self, name: str, tokens: list[int]) -> None:
-        self.name = name
-        self.tokens = tokens
-        self.calls: list[str] = []
-
-    def start(self, request: Request) -> None:
-        self.calls.append("start")
-
-    def propose(self, context: object, max_tokens: int) -> Draft:
-        self.calls.append("propose")
-        return Draft(self.tokens[:max_tokens], source=self.name)
-
-    def observe(self, context: object, draft: Draft, verdict: Verdict) -> None:
-        self.calls.append(f"observe {draft.source}")
-
-    def close(self) -> None:
-        self.calls.append("close")
-
-
-def test_the_first_that_proposes_is_taken_and_all_hear_of_it() -> None:
-    drafters = [Recorder("a", []), Recorder("b", [1, 2]), Recorder("c", [3])]
-    chain = FirstOf(drafters)
-    assert chain.name == "a+b+c"
-    chain.start(request())
-    draft = chain.propose([1], 5)
-    assert draft == Draft([1, 2], source="b")
-    chain.observe([1], draft, Verdict(2, 0))
-    chain.close()
-    assert drafters[0].calls == drafters[1].calls == ["start", "propose", "observe b", "close"]
-    assert drafters[2].calls == ["start", "observe b", "close"]
-
-
-def test_if_none_proposes_there_is_no_draft() -> None:
-    assert FirstOf([Recorder("a", []), Recorder("b", [])]).propose([1], 5) == Draft([])

@@ -7,28 +7,24 @@ so it is measured once and kept.
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 
 from edge_spec.backends.onnx import ALIGNMENTS, OnnxModel
+from edge_spec.cache_file import CacheFile
 
 PREFIX, ROWS = 24, 8
 WIDTHS = (1, 2, 3, 5)
+NONE = "none"
 
 
-def align(model: OnnxModel, cache_file: Path, key: str) -> None:
-    """Set the model's row alignment: from `cache_file` if it knows `key`, else by `find_alignment`, kept there.
-
-    A cache that cannot be read or written costs the measurement again and nothing else.
-    """
-    known = _read(cache_file)
-    if key not in known:
-        known[key] = find_alignment(model)
-        _write(cache_file, known)
-    model.align_rows(known[key])
+def align(model: OnnxModel, cache: CacheFile, key: str) -> None:
+    """Set the model's row alignment: from `cache` if it knows `key`, else by `find_alignment`, kept there."""
+    known = cache.get(key)
+    if known not in (*ALIGNMENTS, NONE):
+        found = find_alignment(model)
+        known = NONE if found is None else found
+        cache.put(key, known)
+    model.align_rows(None if known == NONE else known)
 
 
 def find_alignment(model: OnnxModel) -> int | None:
@@ -57,21 +53,3 @@ def _rows_agree(model: OnnxModel, tokens: list[int]) -> bool:
             if not np.array_equal(model.decode(part, rows=len(part)).logits, expected[start : start + len(part)]):
                 return False
     return True
-
-
-def _read(cache_file: Path) -> dict[str, int | None]:
-    try:
-        known = json.loads(cache_file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {k: v for k, v in known.items() if v is None or v in ALIGNMENTS} if isinstance(known, dict) else {}
-
-
-def _write(cache_file: Path, known: dict[str, int | None]) -> None:
-    partial = cache_file.with_name(f"{cache_file.name}.{os.getpid()}.partial")
-    try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known, indent=2), "utf-8")
-        partial.replace(cache_file)
-    except OSError:
-        partial.unlink(missing_ok=True)

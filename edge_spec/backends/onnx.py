@@ -176,10 +176,12 @@ def _translated(doing: str) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions, which share no base of their own, into BackendError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    kinds: tuple[type[Exception], ...] = tuple(
+    kinds: list[type[Exception]] = [
         kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
-    )
+    ]
     try:
         yield
-    except (*kinds, RuntimeError, ValueError) as exc:
+    except Exception as exc:
+        if not isinstance(exc, (RuntimeError, ValueError, *kinds)):
+            raise
         raise BackendError(f"ONNX Runtime failed while {doing}: {exc}") from exc

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def export(
+    *,
     source: Annotated[str, typer.Argument(help="A model's name, a pulled hub reference, or a GGUF file.")],
     to: Annotated[
         Path | None, typer.Option(help="The new folder; it stands alone. Default: the store, as the first run does.")

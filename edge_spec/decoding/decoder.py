@@ -141,10 +141,11 @@ class SpeculativeDecoder:
                 reading = _until(request.cancelled, on_progress if stats.steps == 0 else None)
                 sequence, num_rows = history.tokens + draft.tokens, len(draft.tokens) + 1
                 decoded = self._session.decode(sequence, rows=num_rows, on_progress=reading)
-                stats.target_s += lap()
+                target_s = lap()
+                stats.target_s += target_s
 
                 verdict = verify(draft, decoded, sampler, request.rng, history)
-                self._drafter.observe(history.tokens, draft, verdict)
+                self._drafter.observe(history.tokens, draft, verdict, target_s if stats.steps else None)
                 tokens = limits.cut([*draft.tokens[: verdict.num_accepted], verdict.next_token])
                 history.extend(tokens)
                 finish_reason = limits.finish_reason(history)

@@ -46,8 +46,11 @@ class Drafter(Protocol):
         """
         ...
 
-    def observe(self, context: Context, draft: Draft, verdict: Verdict) -> None:  # noqa: ARG002 - a default
-        """Called with the fate of each draft, another drafter's too, and the context that it was made for."""
+    def observe(self, context: Context, draft: Draft, verdict: Verdict, target_s: float | None) -> None:  # noqa: ARG002
+        """Called with the fate of each draft and the context that it was made for.
+
+        `target_s`: seconds of the target's pass; None for the first, which read the prompt too.
+        """
         return
 
     def close(self) -> None:

@@ -59,6 +59,10 @@ class Session:
         _report(on_progress, len(sequence) - start, len(sequence) - start)
         return decoded
 
+    def count_unread(self, context: Context) -> int:
+        """Tokens of `context` that a decode of it would have to read."""
+        return len(context) - common_prefix(self._cached or [], list(context))
+
     def forget(self) -> None:
         """Take the cache for empty: the next decode reads its whole sequence."""
         self._cached = None

@@ -1,8 +1,9 @@
-"""Drafters: one file each. All implement `edge_spec.decoding.drafter.Drafter`."""
+"""Drafters: one file each, all implementing `edge_spec.decoding.drafter.Drafter`; and the planner that chooses."""
 
 from edge_spec.decoding.drafter import Drafter, NoDrafter, Request
-from edge_spec.drafting.chain import FirstOf
+from edge_spec.drafting.costs import Costs
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
+from edge_spec.drafting.planner import Planner
 
-__all__ = ["Drafter", "FirstOf", "LookupDrafter", "ModelDrafter", "NoDrafter", "Request"]
+__all__ = ["Costs", "Drafter", "LookupDrafter", "ModelDrafter", "NoDrafter", "Planner", "Request"]

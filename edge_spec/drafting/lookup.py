@@ -16,7 +16,8 @@ class LookupDrafter(Drafter):
     """Finds the longest earlier match of the context's end and proposes what followed it (arXiv 2304.04487).
 
     Of equally long matches the latest counts. A match of n tokens, at least `min_match`, proposes n tokens, at most
-    `max_draft`: the longer the match, the surer its continuation.
+    `max_draft`: the longer the match, the surer its continuation. With `bold` it always proposes `max_draft`, for a
+    planner to cut. The confidence of a token is the number of tokens before it that match.
 
     The index chains the places of each pair of tokens, as LZ77 compressors do. It grows and shrinks with the context
     at its end, so a step costs time by what changed, not by the context's length.
@@ -24,10 +25,11 @@ class LookupDrafter(Drafter):
 
     name = "lookup"
 
-    def __init__(self, *, min_match: int = 2, max_draft: int = 10) -> None:
+    def __init__(self, *, min_match: int = 2, max_draft: int = 10, bold: bool = False) -> None:
         assert min_match >= 2, "the index is over pairs"
         self._min_match = min_match
         self._max_draft = max_draft
+        self._bold = bold
         self._stop_ids: frozenset[int] = frozenset()
         self._tokens: list[int] = []
         self._latest: dict[tuple[int, int], int] = {}  # pair -> position of its second token, where it came last
@@ -43,7 +45,7 @@ class LookupDrafter(Drafter):
         end, length = self._longest_match()
         if length < self._min_match:
             return Draft([], source=self.name)
-        wanted = min(length, max_tokens, self._max_draft)
+        wanted = min(max_tokens, self._max_draft, self._max_draft if self._bold else length)
         # A match that overlaps the context's end repeats with its distance as the period.
         period = len(self._tokens) - 1 - end
         draft: list[int] = []
@@ -51,7 +53,7 @@ class LookupDrafter(Drafter):
             draft.append(self._tokens[end + 1 + i % period])
             if draft[-1] in self._stop_ids:
                 break
-        return Draft(draft, source=self.name)
+        return Draft(draft, source=self.name, confidence=[float(length + i) for i in range(len(draft))])
 
     def close(self) -> None:
         """Forget the index."""

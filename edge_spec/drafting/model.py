@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 
@@ -16,22 +19,40 @@ _MAX_SUPPORT = 64
 """Drafts are sampled from at most this many tokens: the tail is slow to handle and seldom accepted."""
 
 
+class Pace(Protocol):
+    """Decides how long a draft gets. `confidence` holds the highest probability of each distribution so far.
+
+    A decision may depend on the distributions but never on what was drawn from them: dropping a token for what it is
+    would make its q a lie. So a token is judged before it is drawn, and what was drawn stays in the draft.
+    """
+
+    def worth_drafting(self, confidence: Sequence[float]) -> bool:
+        """Whether to run the model once more, behind tokens of such confidence."""
+        ...
+
+    def worth_verifying(self, confidence: Sequence[float]) -> bool:
+        """Whether to add a token from the last of these distributions to the draft."""
+        ...
+
+
 class ModelDrafter(Drafter):
     """Drafts with a model that shares the target's vocabulary, through a `Session` of its own.
 
     Greedy at temperature 0. Else each token is sampled after the same penalties, temperature and filters as the
     target's, from the 64 most likely tokens at most; that very distribution is the draft's q.
 
-    `draft_tokens`: the longest draft. `min_probability`: a draft ends before a position where the model gives its own
-    most likely token less than this. Owns the session and closes its model.
+    A draft has `draft_tokens` tokens, or as many as `pace` says where that is set, after `start`. Owns the session and
+    closes its model.
     """
 
     name = "model"
 
-    def __init__(self, session: Session, *, draft_tokens: int = 3, min_probability: float = 0.0) -> None:
+    def __init__(self, session: Session, *, draft_tokens: int = 3) -> None:
         self._session = session
         self._draft_tokens = draft_tokens
-        self._min_probability = min_probability
+        self.pace: Pace | None = None
+        self.passes: list[tuple[int, float]] = []
+        """Of the latest draft: tokens that each pass read, and its seconds."""
         self._request: Request | None = None
         self._sampler: Sampler | None = None
         self._history: History | None = None
@@ -42,7 +63,8 @@ class ModelDrafter(Drafter):
         return self._session
 
     def start(self, request: Request) -> None:
-        """Take over the sampling; what the model has read stays read."""
+        """Take over the sampling; what the model has read stays read. The pace is free again."""
+        self.pace = None
         sampling = request.sampling
         top_k = min(sampling.top_k or _MAX_SUPPORT, _MAX_SUPPORT)
         self._sampler = make_sampler(replace(sampling, top_k=top_k))
@@ -58,30 +80,39 @@ class ModelDrafter(Drafter):
             self._history = History(context[: request.prompt_length])
         history = self._history
         history.follow(context)
-        room = min(max_tokens, self._draft_tokens, session.spec.n_ctx - len(context) + 1)
+        room = min(max_tokens, session.spec.n_ctx - len(context) + 1)
+        if self.pace is None:
+            room = min(room, self._draft_tokens)
 
         tokens: list[int] = []
         q: list[SparseProbs] = []
+        confidence: list[float] = []
+        self.passes = []
         while len(tokens) < room:
-            decoded = session.decode(history.tokens, on_progress=lambda _done, _total: not request.cancelled())
-            logits = decoded.logits[0, : request.n_vocab]
-            # Whether to go on may depend on the distribution, but never on what was drawn from it: dropping a token
-            # for what it is would make q a lie.
-            if sampler.greedy:
-                token = sampler.choose(logits, history)
-                if self._min_probability and _probability(logits, token) < self._min_probability:
+            if self.pace is not None and not self.pace.worth_drafting(confidence):
+                break
+            logits = self._decode(history, request)
+            probs = None if sampler.greedy else sampler.probs(logits, history)
+            token = sampler.choose(logits, history) if probs is None else -1
+            if self.pace is not None:
+                confidence.append(_probability(logits, token) if probs is None else float(probs.probs.max()))
+                if not self.pace.worth_verifying(confidence):
                     break
-            else:
-                probs = sampler.probs(logits, history)
-                if probs.probs.max() < self._min_probability:
-                    break
+            if probs is not None:
                 token = draw(probs, request.rng)
                 q.append(probs)
             tokens.append(token)
             history.append(token)
             if token in request.stop_ids:
                 break
-        return Draft(tokens, None if sampler.greedy else q, self.name)
+        return Draft(tokens, None if sampler.greedy else q, self.name, confidence[: len(tokens)])
+
+    def _decode(self, history: History, request: Request) -> Logits:
+        """Logits after `history`, [n_vocab of the target at most]."""
+        started, unread = perf_counter(), self._session.count_unread(history.tokens)
+        decoded = self._session.decode(history.tokens, on_progress=lambda _done, _total: not request.cancelled())
+        self.passes.append((unread, perf_counter() - started))
+        return decoded.logits[0, : request.n_vocab]
 
     def close(self) -> None:
         """Close the draft model."""

@@ -1,9 +1,9 @@
 """Make an export, or find the one that was made: a folder with the graph, its weights and what the source said.
 
-  edge_spec.json  what it is: decoder, recipe, source hash, sizes of the other files; written last
-  model.onnx      the graph, with the small vectors inside
-  weights.bin     packed matrices and their scales, mapped by the runtime
-  source.gguf     the source's metadata (tokenizer, chat template) and its embedding table as it was
+edge_spec.json  what it is: decoder, recipe, source hash, sizes of the other files; written last
+model.onnx      the graph, with the small vectors inside
+weights.bin     packed matrices and their scales, mapped by the runtime
+source.gguf     the source's metadata (tokenizer, chat template) and its embedding table as it was
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.errors import StorageError, ModelFormatError, UsageError
+from edge_spec.errors import ModelFormatError, StorageError, UsageError
 from edge_spec.export.architecture import DecoderConfig, bias_shapes, read_config, tensor_shapes
 from edge_spec.export.graph import Weights, build_graph
 from edge_spec.export.layout import Job, Layout, plan_layout
@@ -245,11 +245,9 @@ def _new_folder(path: Path, needed_bytes: int) -> Iterator[Path]:
     """A folder beside `path` that takes its name once the body is done, and is removed if it fails."""
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        free = shutil.disk_usage(partial).free
-        if free < needed_bytes:
-            raise StorageError(f"the export needs {needed_bytes >> 20} MiB on the disk of {path}, {free >> 20} are free")
+        partial.mkdir(parents=True)
+        _check_room(partial, needed_bytes)
         yield partial
         for file in partial.iterdir():
             with file.open("rb+") as handle:
@@ -261,3 +259,9 @@ def _new_folder(path: Path, needed_bytes: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _check_room(folder: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise StorageError(f"the export needs {needed_bytes >> 20} MiB on the disk of {folder}, {free >> 20} are free")

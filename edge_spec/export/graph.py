@@ -131,7 +131,9 @@ class _Builder:
         epsilon, gamma, out = self.config.rms_epsilon, f"{name}.weight", f"{name}.out"
         if branch is None:
             inputs = [residual, gamma]
-            return self.op("SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=epsilon, stash_type=1), residual
+            return self.op(
+                "SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=epsilon, stash_type=1
+            ), residual
         inputs, total = [residual, branch, gamma], f"{name}.sum"
         self.op("SkipSimplifiedLayerNormalization", inputs, out, ["", "", total], domain=MS, epsilon=epsilon)
         return out, total

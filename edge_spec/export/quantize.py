@@ -66,10 +66,7 @@ def repack_exact(raw: NDArray[np.uint8], kind: GGMLType) -> QuantizedRows:
 def dequantize_rows(rows: QuantizedRows, *, bits: int) -> NDArray[np.float32]:
     """The float32 weights [N, K] that `rows` stand for."""
     packed = rows.packed
-    if bits == 4:
-        levels = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
-    else:
-        levels = packed
+    levels = packed if bits == 8 else np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
     values = (levels.astype(np.float32) - np.float32(1 << (bits - 1))) * rows.scales[:, :, None]
     return values.reshape(packed.shape[0], -1)
 

@@ -15,8 +15,9 @@ BLOCKS = (256, 128, 64, 32, 16)
 class Recipe:
     """How the matrices of an export are stored.
 
-    `block` weights share a scale; a matrix whose row length it does not divide takes the next smaller block that does.
-    `exact` carries Q4_0 and Q8_0 tensors over bit for bit (blocks of 32) and stores the others as `bits` and `block` say.
+    `block` weights share a scale; a matrix whose row length it does not divide takes the largest smaller one that does.
+    `exact` carries Q4_0 and Q8_0 tensors over bit for bit (blocks of 32); the others are stored as `bits` and `block`
+    say.
     """
 
     name: str

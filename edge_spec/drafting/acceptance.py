@@ -1,0 +1,52 @@
+"""How likely a drafted token is to stand, learnt from what became of earlier ones."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import TypeAlias
+
+Scale: TypeAlias = Sequence[tuple[float, float]]
+"""Steps of a drafter's confidence, increasing: (from this confidence on, chance to be accepted until it is known)."""
+
+_PRIOR_WEIGHT = 4.0
+_DECAY = 0.97
+
+
+class Acceptance:
+    """Chance that a token is accepted, by the confidence that its drafter gives, with older outcomes fading.
+
+    A token counts once those before it in its draft were accepted: the chance is conditional, and the chance of a
+    whole draft is the product.
+    """
+
+    def __init__(self, scale: Scale) -> None:
+        self._edges = [edge for edge, _ in scale]
+        self._hits = [chance * _PRIOR_WEIGHT for _, chance in scale]
+        self._counts = [_PRIOR_WEIGHT] * len(scale)
+        self._mean = sum(chance for _, chance in scale[-2:]) / len(scale[-2:])
+
+    @property
+    def mean(self) -> float:
+        """Chance of a token whose confidence is not known yet."""
+        return self._mean
+
+    def chance(self, confidence: float) -> float:
+        """Chance of a token of that confidence."""
+        step = self._step(confidence)
+        return self._hits[step] / self._counts[step]
+
+    def observe(self, confidence: float, accepted: bool) -> None:
+        """A token of that confidence was accepted, or the first of its draft that was not."""
+        step = self._step(confidence)
+        self._hits[step] = self._hits[step] * _DECAY + accepted
+        self._counts[step] = self._counts[step] * _DECAY + 1
+        self._mean += (accepted - self._mean) * (1 - _DECAY)
+
+    def observe_draft(self, confidence: Sequence[float], num_accepted: int) -> None:
+        """A draft of such tokens had its first `num_accepted` accepted; what came after the next was never judged."""
+        for i, value in enumerate(confidence[: num_accepted + 1]):
+            self.observe(value, i < num_accepted)
+
+    def _step(self, confidence: float) -> int:
+        return max(0, bisect_right(self._edges, confidence) - 1)
