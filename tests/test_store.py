@@ -58,11 +58,20 @@ def test_a_known_model_that_is_not_here_names_the_command(tmp_path: Path) -> Non
         ("owner/repo:file.gguf", "edge-spec pull owner/repo:file.gguf"),
         (Path("nowhere.gguf"), "nowhere.gguf"),
         (".", "is a folder"),
+        ("", "is called ''"),
+        ("nowhere.gguf", "there is no file"),
+        ("x" * 300, "too long"),
+        ("~nobody-of-this-name/x.gguf", "cannot be read"),
     ],
 )
 def test_an_unknown_reference_gets_a_hint(tmp_path: Path, ref: str | Path, hint: str) -> None:
     with pytest.raises(ModelNotFoundError, match=hint):
         Store(tmp_path).resolve(ref)
+
+
+def test_a_model_in_the_place_of_a_pair_is_told_its_place(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="--target"):
+        Store(tmp_path).pair("smollm2-135m")
 
 
 def test_an_unknown_pair_names_those_there_are(tmp_path: Path) -> None:
@@ -159,6 +168,8 @@ def test_removing_a_users_own_file_removes_only_its_exports(tmp_path: Path) -> N
     assert store.remove(str(path)) == 100
     assert path.exists()
     assert not export.exists()
+    with pytest.raises(ModelNotFoundError, match="no exports"):
+        store.remove(str(path))
 
 
 def test_exports_stay_while_another_model_has_the_same_bytes(tmp_path: Path) -> None:
@@ -169,6 +180,7 @@ def test_exports_stay_while_another_model_has_the_same_bytes(tmp_path: Path) -> 
     record = (tmp_path / "models" / "tiny" / "model.json").read_text()
     (twin / "model.json").write_text(record.replace('"name": "tiny"', '"name": "a/b:tiny.gguf"'))
     export = export_of(store, SHA)
+    assert store.other_exports_bytes() == 0
     store.remove("tiny")
     assert export.exists()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_spec.errors import DownloadError, IntegrityError
+from edge_spec.errors import DownloadError, IntegrityError, StorageError
 from edge_spec.store.partial import Partial, SourceError
 from tests.store_fixtures import CONTENT, Scripted, rest, store_with
 
@@ -49,6 +49,18 @@ def test_a_present_model_asks_no_source(tmp_path: Path) -> None:
     notes: list[str] = []
     store_with(tmp_path, Scripted(never)).pull("tiny", note=notes.append)
     assert "already here" in notes[0]
+
+
+def test_a_present_model_needs_no_folder_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled = store_with(tmp_path, Scripted(rest)).pull("tiny")
+
+    def refuse_the_lock(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("edge_spec.store.store.exclusive", refuse_the_lock)
+    assert store_with(tmp_path, Scripted(never)).pull("tiny") == pulled
+    with pytest.raises(StorageError, match="Read-only"):
+        store_with(tmp_path, Scripted(never)).pull("tiny", verify=True)
 
 
 def test_an_unreachable_source_falls_to_the_next_and_says_so(tmp_path: Path) -> None:
@@ -139,7 +151,7 @@ def test_a_cut_file_is_named_by_resolve_and_mended_by_pull(tmp_path: Path) -> No
 def test_too_little_disk_is_said_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 1 << 40, 40 << 20))
-    with pytest.raises(DownloadError, match="EDGE_SPEC_HOME"):
+    with pytest.raises(StorageError, match="EDGE_SPEC_HOME"):
         store_with(tmp_path, Scripted(never, scratch_bytes=30 << 20)).pull("tiny")
     store_with(tmp_path, Scripted(rest, scratch_bytes=20 << 20)).pull("tiny")
 
@@ -149,7 +161,7 @@ def test_a_full_disk_in_the_middle_is_a_download_error_and_keeps_what_came(tmp_p
         partial.append(CONTENT[:HALF])
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(DownloadError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         store_with(tmp_path, Scripted(fill), Scripted(never)).pull("tiny")
     assert (tmp_path / "models" / "tiny" / "tiny.gguf.partial").read_bytes() == CONTENT[:HALF]
 

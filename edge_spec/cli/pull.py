@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from edge_spec.cli.console import byte_progress
+from edge_spec.cli.console import byte_progress, print_note
 
 
 def pull(
@@ -22,6 +22,10 @@ def pull(
     from edge_spec.store import DEFAULT_PAIR, Store
 
     store = Store()
-    for model in store.expand(name or DEFAULT_PAIR):
-        with byte_progress(model) as (progress, note):
-            store.pull(model, progress=progress, note=note, verify=verify)
+    try:
+        for model in store.expand(name or DEFAULT_PAIR):
+            with byte_progress(model) as (progress, note):
+                store.pull(model, progress=progress, note=note, verify=verify)
+    except KeyboardInterrupt:
+        print_note("stopped; the same command goes on from here")
+        raise

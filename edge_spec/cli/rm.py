@@ -26,6 +26,7 @@ def rm(
         except ModelNotFoundError as exc:
             missing.append(exc)
             continue
-        print_note(f"removed {model}: {format_size(freed)} freed")
+        what = f"the exports of {model}" if store.is_path(model) else model
+        print_note(f"removed {what}: {format_size(freed)} freed")
     if len(missing) == len(models):
         raise missing[0]

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edge_spec.errors import DownloadError, IntegrityError
+from edge_spec.errors import DownloadError, IntegrityError, StorageError
 from edge_spec.sizes import format_size
 from edge_spec.store.manifest import Weights
 from edge_spec.store.partial import Partial, Source, SourceError, WrongBytesError
@@ -23,8 +23,8 @@ _MARGIN_BYTES = 16 << 20
 def fetch(weights: Weights, folder: Path, *, progress: Progress | None, note: Note) -> Path:
     """Bring `weights` into `folder` from the first source that delivers it, and return the file's path.
 
-    An interrupted fetch is continued. Raises DownloadError if there is too little disk, the callback asks to stop,
-    or no source delivers; IntegrityError if none does and one of them had other bytes.
+    An interrupted fetch is continued. Raises StorageError if there is too little disk; DownloadError if the callback
+    asks to stop or no source delivers; IntegrityError if none does and one of them had other bytes.
     """
     temporary, final = partial_path(weights, folder), folder / weights.file
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _check_disk(folder: Path, needed: int, name: str) -> None:
     needed += _MARGIN_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DownloadError(
+        raise StorageError(
             f"{name} needs {format_size(needed)} more in {folder}, and that disk has {format_size(free)} free; "
             f"make room, or set EDGE_SPEC_HOME to a folder on another disk"
         )

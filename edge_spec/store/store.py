@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -11,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
-from edge_spec.errors import DownloadError, IntegrityError, ModelNotFoundError
+from edge_spec.errors import DownloadError, IntegrityError, ModelNotFoundError, StorageError
 from edge_spec.store.hashing import cached_sha256, write_json
 from edge_spec.store.hub import parse_reference
 from edge_spec.store.manifest import Catalogue, Pair, Weights, load_catalogue, manifest_folder
@@ -103,17 +104,20 @@ class Store:
                     return found
                 if weights is not None or not Path(ref).is_file():
                     raise ModelNotFoundError(f"{ref} is not on this machine; fetch it with `edge-spec pull {ref}`")
-        path = Path(ref).expanduser()
-        if path.is_file():
-            try:
+        try:
+            path = Path(ref).expanduser()
+            if ref != "" and path.is_file():
                 return LocalModel(path.stem, path.absolute(), cached_sha256(path, self.cache_dir), None)
-            except OSError as exc:
-                raise ModelNotFoundError(f"{path} cannot be read: {exc.strerror or exc}") from exc
-        raise self._unknown(ref)
+            raise self._unknown(ref)
+        except (OSError, RuntimeError) as exc:  # a name that is too long, a folder that is closed, no such user's home
+            reason = exc.strerror if isinstance(exc, OSError) else exc
+            raise ModelNotFoundError(f"{ref} cannot be read: {reason}") from exc
 
     def pair(self, name: str) -> Pair:
         """The pair of this name; ModelNotFoundError, naming those there are, if there is none."""
         pairs = self._catalogue.pairs
+        if name in self._catalogue.weights:
+            raise ModelNotFoundError(f"{name} is a model, not a pair; give it as the target (--target, target=)")
         if name not in pairs:
             raise ModelNotFoundError(f"no pair is called {name!r}; there are: {', '.join(sorted(pairs))}")
         return pairs[name]
@@ -135,16 +139,21 @@ class Store:
         Returns at once if it is here already; with `verify` its bytes are hashed again first, and fetched again if
         they are not right. `progress` gets (bytes done, bytes in all); if it returns False the pull stops, and the
         next one goes on from there. `note` gets lines for the user. Raises ModelNotFoundError for an unknown name,
-        DownloadError or IntegrityError if no source delivers.
+        DownloadError or IntegrityError if no source delivers, StorageError if the disk is full or cannot be written.
         """
         note = note or _say_nothing
         weights = self._catalogue.weights.get(ref)
-        if weights is None and parse_reference(ref) is None:
-            return self.resolve(ref)
+        if self.is_path(ref):
+            local = self.resolve(ref)
+            note(f"{ref} is a file of yours: there is nothing to pull")
+            return local
+        if not verify and (found := self._intact(ref)):
+            note(f"{ref} is already here: {found.path}")  # without the lock: the store may be read-only
+            return found
         try:
             with exclusive(self._lock(ref), note, ref):
-                found = self._intact(ref, verify=verify, note=note)
-                if found is not None:
+                found = self._intact(ref)
+                if found is not None and not (verify and self._damaged(found, note)):
                     note(f"{ref} is already here: {found.path}")
                     return found
                 folder = self._folder(ref)
@@ -156,7 +165,7 @@ class Store:
                 self._write_record(weights, folder)
                 return LocalModel(ref, path, weights.sha256, weights.licence)
         except OSError as exc:
-            raise DownloadError(f"cannot write below {self.data_dir}: {exc}") from exc
+            raise StorageError(f"cannot write below {self.data_dir}: {exc}") from exc
 
     def models(self) -> list[ModelStatus]:
         """Every known model, then every hub reference that was pulled, with what each has on the disk."""
@@ -166,17 +175,23 @@ class Store:
 
     def other_exports_bytes(self) -> int:
         """Bytes of exports that belong to none of `models()`: of local files, or of models that have changed since."""
-        return _tree_bytes(self.exports_dir) - sum(status.exports_bytes for status in self.models())
+        known = {self._sha256(status.name) for status in self.models()}
+        folders = self.exports_dir.iterdir() if self.exports_dir.is_dir() else ()
+        return sum(_tree_bytes(folder) for folder in folders if folder.name not in known)
 
     def remove(self, name: str) -> int:
         """Remove a model's file, what an unfinished pull left, and its exports; returns the bytes that were freed.
 
         For a path outside the store only its exports are removed: the file is the user's. Raises ModelNotFoundError
-        if there is nothing to remove, DownloadError if another process is pulling the model.
+        if there is nothing to remove, DownloadError if another process is pulling the model, StorageError if the disk
+        cannot be written.
         """
-        if name not in self._catalogue.weights and parse_reference(name) is None:
-            return self._remove_tree(self.exports_dir / self.resolve(name).sha256)
         try:
+            if self.is_path(name):
+                own = self.exports_dir / self.resolve(name).sha256
+                if not own.exists():
+                    raise ModelNotFoundError(f"there are no exports of {name}; the file itself is yours to remove")
+                return self._remove_tree(own)
             with exclusive(self._lock(name), None, name):
                 folder, sha256 = self._folder(name), self._sha256(name)
                 exports = self.exports_dir / sha256 if sha256 else None
@@ -186,7 +201,11 @@ class Store:
                 freed = 0 if exports is None or shared else self._remove_tree(exports)
                 return freed + self._remove_tree(folder)
         except OSError as exc:
-            raise DownloadError(f"cannot remove {name}: {exc}") from exc
+            raise StorageError(f"cannot remove {name}: {exc}") from exc
+
+    def is_path(self, ref: str) -> bool:
+        """Whether `ref` can only be a path: it is neither in a manifest nor a hub reference."""
+        return ref not in self._catalogue.weights and parse_reference(ref) is None
 
     def _folder(self, ref: str) -> Path:
         # Quoted, a reference is one safe path segment, and two references never share one.
@@ -211,16 +230,20 @@ class Store:
             raise IntegrityError(f"{path} has not its {record.n_bytes} bytes any more; repeat `edge-spec pull {ref}`")
         return LocalModel(ref, path, record.sha256, record.licence)
 
-    def _intact(self, ref: str, *, verify: bool, note: Note) -> LocalModel | None:
+    def _intact(self, ref: str) -> LocalModel | None:
+        """What `_present` finds; None where that is cut."""
         try:
-            found = self._present(ref)
+            return self._present(ref)
         except IntegrityError:
             return None
-        if found is not None and verify and sha256_of(found.path) != found.sha256:
-            note(f"{ref}: its bytes are damaged; fetching it again")
-            found.path.unlink()
-            return None
-        return found
+
+    def _damaged(self, found: LocalModel, note: Note) -> bool:
+        """Whether a file has other bytes than it had when it was pulled; it is then removed."""
+        if sha256_of(found.path) == found.sha256:
+            return False
+        note(f"{found.name}: its bytes are damaged; fetching it again")
+        found.path.unlink()
+        return True
 
     def _write_record(self, weights: Weights, folder: Path) -> None:
         record = _Record(
@@ -256,8 +279,10 @@ class Store:
         if str(ref) in catalogue.pairs:
             pair = catalogue.pairs[str(ref)]
             return ModelNotFoundError(f"{ref} is a pair, not a model; its models are {pair.target} and {pair.draft}")
-        if Path(ref).is_dir():
+        if ref != "" and Path(ref).is_dir():
             return ModelNotFoundError(f"{ref} is a folder; name the .gguf file in it")
+        if Path(ref).suffix.lower() == ".gguf":
+            return ModelNotFoundError(f"there is no {'regular ' if Path(ref).exists() else ''}file {ref}")
         names = sorted(catalogue.weights)
         near = difflib.get_close_matches(str(ref).lower(), names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
@@ -283,7 +308,10 @@ def _weights_of_hub(ref: str) -> Weights:
     try:
         found = source.lookup()
     except SourceError as exc:
-        raise DownloadError(f"{ref}: {exc}") from exc
+        raise DownloadError(
+            f"{ref}: the hub does not deliver it ({exc}); check the name and the network, or fetch the file another "
+            f"way and give its path"
+        ) from exc
     if found.sha256 is None or not found.n_bytes:
         raise DownloadError(f"{ref}: the hub gives no sha256 and size for this file, so it could not be verified")
     file = source.file.rsplit("/", 1)[-1]
@@ -312,4 +340,10 @@ def _has_size(path: Path, n_bytes: int) -> bool:
 
 
 def _tree_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of the files below a folder, of which other processes may remove some meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(parent) / name).stat().st_size
+    return total
