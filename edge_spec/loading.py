@@ -50,12 +50,19 @@ class LoadedModel:
 
 def find_source(store: Store, ref: str | Path) -> Source:
     """The model behind a name, a pulled hub reference, a GGUF's path or the folder of an export, with its tokenizer."""
-    path = Path(ref).expanduser()
+    path = _expanded(ref)
     if is_export(path):
         export = open_export(path)
         return _read(path.resolve().name, export.source_file, export.source_sha256, export)
     local = store.resolve(ref)
     return _read(local.name, local.path, local.sha256, None)
+
+
+def _expanded(ref: str | Path) -> Path:
+    try:
+        return Path(ref).expanduser()
+    except RuntimeError:  # no such user; the store will say so
+        return Path(ref)
 
 
 def _read(name: str, path: Path, sha256: str, export: Export | None) -> Source:

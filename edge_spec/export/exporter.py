@@ -31,6 +31,7 @@ from edge_spec.export.quantize import QuantizedRows, quantize_rows, repack_exact
 from edge_spec.export.recipe import Recipe
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
+from edge_spec.store.pull import exclusive
 
 EXPORTER_VERSION = 1
 """Raised whenever the same source and recipe would give other files, so that no old export is reused."""
@@ -39,6 +40,8 @@ DESCRIPTION, MODEL, WEIGHTS, SOURCE = "edge_spec.json", "model.onnx", "weights.b
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights that a worker turns at a time: its temporaries stay in the cache and the peak stays small."""
+
+_REMEDY = "make room, or choose a folder (EDGE_SPEC_HOME) on a disk that has it and can be written"
 
 ByteProgress = Callable[[int, int], object]
 """Called as `progress(done_bytes, total_bytes)` of the source tensors."""
@@ -68,8 +71,11 @@ class Export:
 
 
 def is_export(path: Path) -> bool:
-    """Whether `path` is a folder that an exporter finished."""
-    return (path / DESCRIPTION).is_file()
+    """Whether `path` is a folder that an exporter finished; what cannot be looked into is none."""
+    try:
+        return (path / DESCRIPTION).is_file()
+    except OSError:
+        return False
 
 
 def open_export(path: Path) -> Export:
@@ -108,20 +114,36 @@ def ensure_export(
     threads: int | None = None,
     progress: ByteProgress | None = None,
 ) -> Export:
-    """The store's export of a GGUF by a recipe, made now if there is none.
+    """The store's export of a GGUF by a recipe, made now if there is none, or none that is whole.
 
     Keyed by the source's hash, the recipe and the exporter's version; two processes do not make the same one at once.
+    Raises what `export_model` raises.
     """
-    from filelock import FileLock
-
     path = exports_dir / sha256 / f"{recipe.name}-{export_key(recipe)}"
-    if is_export(path):
-        return open_export(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / "lock"):
-        if not is_export(path):  # another process may have made it while this one waited
-            export_model(source, recipe, path, sha256=sha256, threads=threads, progress=progress)
-    return open_export(path)
+    if (found := _whole_export(path)) is not None:
+        return found
+
+    def show_the_wait(_: str) -> None:
+        if progress is not None:
+            progress(0, source.stat().st_size)
+
+    try:
+        with exclusive(path.parent / "lock", show_the_wait, source.name):
+            if (found := _whole_export(path)) is not None:
+                return found
+            if path.exists():
+                shutil.rmtree(path)
+            return export_model(source, recipe, path, sha256=sha256, threads=threads, progress=progress)
+    except OSError as exc:
+        raise StorageError(f"the export could not be written below {exports_dir}: {exc}; {_REMEDY}") from exc
+
+
+def _whole_export(path: Path) -> Export | None:
+    """The export at `path`, None if there is none or something damaged it."""
+    try:
+        return open_export(path) if is_export(path) else None
+    except ModelFormatError:
+        return None
 
 
 def export_key(recipe: Recipe) -> str:
@@ -255,7 +277,7 @@ def _new_folder(path: Path, needed_bytes: int) -> Iterator[Path]:
         partial.rename(path)
     except OSError as exc:
         shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(f"the export could not be written to {path}: {exc}") from exc
+        raise StorageError(f"the export could not be written to {path}: {exc}; {_REMEDY}") from exc
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -264,4 +286,7 @@ def _new_folder(path: Path, needed_bytes: int) -> Iterator[Path]:
 def _check_room(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise StorageError(f"the export needs {needed_bytes >> 20} MiB on the disk of {folder}, {free >> 20} are free")
+        raise StorageError(
+            f"the export needs {needed_bytes >> 20} MiB on the disk of {folder.parent}, "
+            f"{free >> 20} are free; {_REMEDY}"
+        )
