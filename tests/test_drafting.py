@@ -17,7 +17,7 @@ from tests.reference import distribution, greedy_text
 
 
 def request(sampling: SamplingParams | None = None, **options: object) -> Request:
-    defaults: dict[str, object] = {"prompt_length": 1, "n_vocab": 16}
+    defaults: dict[str, object] = {"prompt_length": 1, "max_length": 999, "n_vocab": 16}
     return Request(sampling=sampling or SamplingParams(), rng=np.random.default_rng(0), **(defaults | options))  # type: ignore[arg-type]
 
 

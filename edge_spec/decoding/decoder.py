@@ -114,6 +114,7 @@ class SpeculativeDecoder:
             sampling=sampling,
             rng=np.random.default_rng(sampling.seed),
             prompt_length=len(prompt_ids),
+            max_length=min(spec.n_ctx, sys.maxsize if max_tokens is None else len(prompt_ids) + max_tokens),
             n_vocab=spec.n_vocab,
             stop_ids=frozenset(stop_ids),
             cancelled=cancelled or _never,

@@ -19,6 +19,8 @@ class Request:
     rng: np.random.Generator
     """The generation's only source of randomness."""
     prompt_length: int
+    max_length: int
+    """Tokens that prompt and text may have together."""
     n_vocab: int
     """Ids from here on mean nothing to the target."""
     stop_ids: frozenset[int] = frozenset()

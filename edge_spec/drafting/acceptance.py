@@ -24,7 +24,7 @@ class Acceptance:
         self._edges = [edge for edge, _ in scale]
         self._hits = [chance * _PRIOR_WEIGHT for _, chance in scale]
         self._counts = [_PRIOR_WEIGHT] * len(scale)
-        self._mean = sum(chance for _, chance in scale[-2:]) / len(scale[-2:])
+        self._mean = self._first_mean = 0.85
 
     @property
     def mean(self) -> float:
@@ -35,6 +35,14 @@ class Acceptance:
         """Chance of a token of that confidence."""
         step = self._step(confidence)
         return self._hits[step] / self._counts[step]
+
+    def chances(self, confidence: Sequence[float]) -> list[float]:
+        """Chance of each token of a draft, given those before it."""
+        return [self.chance(value) for value in confidence]
+
+    def relax(self) -> None:
+        """Another text begins: what the last one taught about the mean counts half."""
+        self._mean = (self._mean + self._first_mean) / 2
 
     def observe(self, confidence: float, accepted: bool) -> None:
         """A token of that confidence was accepted, or the first of its draft that was not."""

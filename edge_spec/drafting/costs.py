@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_OWN, _SHARED = 0.2, 0.05
+_OWN, _SHARED = 0.2, 0.1
 """How far a pass moves the cost of its own width and, because the whole machine may have slowed, of the others."""
 _WORST_SURPRISE = 2.0
 """A pass that took longer than this many times what was expected was interrupted, and counts as this."""
+_LEAST_S = 1e-7
 _ROW_SHARE = 0.2
 """Until it is measured: what each further row adds to a pass, in passes of one row."""
 
@@ -15,21 +16,24 @@ _ROW_SHARE = 0.2
 class Costs:
     """Seconds of a target's pass by its number of rows, and of a draft's token.
 
-    Starts from a guess whose scale the first pass sets; each pass then corrects it. `alignment` is the target's row
-    padding. `draft_share` is the guess for a draft token, in target passes of one row: weights are what a pass reads.
+    Widths that were not seen yet lie on the line through those that were; while only one was, a guess gives the line's
+    slope. `alignment` is the target's row padding. `draft_share` is the guess for a draft token, in target passes of one
+    row: weights are what a pass reads.
     """
 
     def __init__(self, *, max_rows: int, alignment: int = 1, draft_share: float = 0.3) -> None:
         self._alignment = alignment
-        self._target = {rows: 1 + _ROW_SHARE * (rows - 1) for rows in range(alignment, max_rows + alignment, alignment)}
+        self._widths = range(alignment, max_rows + alignment, alignment)
+        self._seen: dict[int, float] = {}
+        self._line = (1 - _ROW_SHARE, _ROW_SHARE)
         self._draft_share = draft_share
         self._draft_s: float | None = None
         self._read_s: float | None = None
-        self._measured = False
 
     def target_s(self, rows: int) -> float:
         """A pass of `rows` rows (of more than the model allows: as of the most)."""
-        return self._target[min(self._padded(rows), max(self._target))]
+        width = self._width(rows)
+        return self._seen.get(width) or self._line[0] + self._line[1] * width
 
     @property
     def draft_s(self) -> float:
@@ -43,15 +47,14 @@ class Costs:
 
     def observe_target(self, rows: int, seconds: float) -> None:
         """A pass of `rows` rows took so long."""
-        own = min(self._padded(rows), max(self._target))
-        if not self._measured:
-            self._measured = True
-            scale = seconds / self._target[own]
-            self._target = {width: cost * scale for width, cost in self._target.items()}
-            return
-        surprise = _bounded(seconds / self._target[own])
-        for width in self._target:
-            self._target[width] *= surprise ** (_OWN if width == own else _SHARED)
+        width, seconds = self._width(rows), max(seconds, _LEAST_S)
+        if width in self._seen:
+            surprise = _bounded(seconds / self._seen[width])
+            for other in self._seen:
+                self._seen[other] *= surprise ** (_OWN if other == width else _SHARED)
+        else:
+            self._seen[width] = seconds
+        self._line = self._fit()
 
     def observe_draft(self, tokens_read: int, seconds: float) -> None:
         """The draft model read `tokens_read` tokens, in one pass, to draft one."""
@@ -62,23 +65,36 @@ class Costs:
 
     def to_json(self) -> dict[str, object]:
         """For the next start on this machine; empty before the first measurement."""
-        if not self._measured:
+        if not self._seen:
             return {}
-        target = {str(rows): seconds for rows, seconds in self._target.items()}
+        target = {str(width): seconds for width, seconds in self._seen.items()}
         return {"target": target, "draft_s": self._draft_s, "read_s": self._read_s}
 
     def restore(self, kept: Mapping[str, object]) -> None:
         """Start from what `to_json` gave; what does not fit is ignored, since it is only a better guess."""
         target = kept.get("target")
-        if not isinstance(target, dict) or target.keys() != {str(rows) for rows in self._target}:
+        if not isinstance(target, dict) or not target.keys() <= {str(width) for width in self._widths}:
             return
-        if all(isinstance(seconds, float) and 0 < seconds < 60 for seconds in target.values()):
-            self._target = {int(rows): seconds for rows, seconds in target.items()}
+        if all(_seconds(seconds) for seconds in target.values()):
+            self._seen = {int(width): seconds for width, seconds in target.items()}
             self._draft_s, self._read_s = (_seconds(kept.get(name)) for name in ("draft_s", "read_s"))
-            self._measured = True
+            self._line = self._fit()
 
-    def _padded(self, rows: int) -> int:
-        return -(-rows // self._alignment) * self._alignment
+    def _width(self, rows: int) -> int:
+        return min(-(-rows // self._alignment) * self._alignment, self._widths[-1])
+
+    def _fit(self) -> tuple[float, float]:
+        """Intercept and slope of the line through what was seen, by least squares; never falling."""
+        widths, seconds = list(self._seen), list(self._seen.values())
+        n, middle = len(widths), sum(widths) / max(1, len(widths))
+        mean = sum(seconds) / max(1, n)
+        spread = sum((width - middle) ** 2 for width in widths)
+        if not spread:  # one width or none: its scale, the guess's slope
+            scale = mean / (1 - _ROW_SHARE + _ROW_SHARE * middle) if n else 1.0
+            return scale * (1 - _ROW_SHARE), scale * _ROW_SHARE
+        slope = sum((width - middle) * (cost - mean) for width, cost in self._seen.items()) / spread
+        slope = max(slope, 0.0)
+        return mean - slope * middle, slope
 
 
 def _bounded(ratio: float) -> float:

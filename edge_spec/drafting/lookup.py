@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
 from edge_spec.decoding.drafter import Drafter, Request
 from edge_spec.decoding.prefix import common_prefix
 from edge_spec.types import Context, Draft
@@ -26,14 +29,13 @@ class LookupDrafter(Drafter):
     name = "lookup"
 
     def __init__(self, *, min_match: int = 2, max_draft: int = 10, bold: bool = False) -> None:
-        assert min_match >= 2, "the index is over pairs"
         self._min_match = min_match
         self._max_draft = max_draft
         self._bold = bold
         self._stop_ids: frozenset[int] = frozenset()
         self._tokens: list[int] = []
-        self._latest: dict[tuple[int, int], int] = {}  # pair -> position of its second token, where it came last
-        self._earlier: list[int] = []  # position -> where the pair that ends there came before, or -1
+        self._pairs: _Places[tuple[int, int]] = _Places()
+        self._singles: _Places[int] = _Places()
 
     def start(self, request: Request) -> None:
         """Learn the stop ids. The index is kept: the next context often continues the last."""
@@ -57,32 +59,26 @@ class LookupDrafter(Drafter):
 
     def close(self) -> None:
         """Forget the index."""
-        self._tokens, self._latest, self._earlier = [], {}, []
+        self._tokens, self._pairs, self._singles = [], _Places(), _Places()
 
     def _follow(self, context: list[int]) -> None:
         """Make the index that of `context`."""
-        tokens, latest, earlier = self._tokens, self._latest, self._earlier
+        tokens = self._tokens
         shared = common_prefix(tokens, context)
         while len(tokens) > shared:
-            pair = _last_pair(tokens)
-            tokens.pop()
-            before = earlier.pop()
-            if before >= 0:
-                latest[pair] = before
-            else:
-                latest.pop(pair, None)
+            self._pairs.pop(_last_pair(tokens))
+            self._singles.pop(tokens.pop())
         for token in context[shared:]:
             tokens.append(token)
-            pair = _last_pair(tokens)
-            earlier.append(latest.get(pair, -1))
-            latest[pair] = len(tokens) - 1
+            self._pairs.push(_last_pair(tokens))
+            self._singles.push(token)
 
     def _longest_match(self) -> tuple[int, int]:
         """Position of the last token of the longest earlier match of the context's end, and the match's length."""
         tokens = self._tokens
         last = len(tokens) - 1
         best_end, best_length = -1, 0
-        end = self._earlier[last] if tokens else -1
+        end = self._pairs.before(last)
         for _ in range(_MAX_CANDIDATES):
             if end < 0 or best_length >= _LONG_ENOUGH:
                 break
@@ -91,8 +87,38 @@ class LookupDrafter(Drafter):
                 length += 1
             if length > best_length:
                 best_end, best_length = end, length
-            end = self._earlier[end]
+            end = self._pairs.before(end)
+        if best_length == 0 and (end := self._singles.before(last)) >= 0:
+            return end, 1
         return best_end, best_length
+
+
+K = TypeVar("K", bound=Hashable)
+
+
+class _Places(Generic[K]):
+    """Where each key came, latest first, for a sequence that grows and shrinks at its end."""
+
+    def __init__(self) -> None:
+        self._latest: dict[K, int] = {}
+        self._earlier: list[int] = []  # position -> where its key came before, or -1
+
+    def before(self, position: int) -> int:
+        """Where the key at `position` came before; -1 if it did not."""
+        return self._earlier[position] if position >= 0 else -1
+
+    def push(self, key: K) -> None:
+        """The next position has this key."""
+        self._earlier.append(self._latest.get(key, -1))
+        self._latest[key] = len(self._earlier) - 1
+
+    def pop(self, key: K) -> None:
+        """The last position, which has this key, goes."""
+        before = self._earlier.pop()
+        if before >= 0:
+            self._latest[key] = before
+        else:
+            del self._latest[key]
 
 
 def _last_pair(tokens: list[int]) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Chooses, step by step, who drafts and how much, by what it costs and what it is likely to bring.
 
-A step that yields n tokens in s seconds is worth n - rate * s, where the rate is what the generation achieves in
-tokens a second: maximising that maximises the rate itself (the renewal-reward theorem; Dinkelbach's method finds the
-best ratio the same way). Drafting nothing is a choice like any other.
+The text is given, only the way through it is not: a step that covers n tokens in s seconds is worth n - rate * s, where
+the rate is that at which the same tokens could be had otherwise, by the best of plain decoding and drafts of the model
+of one length. Lookups are not part of it: where text repeats it repeats whatever was chosen before. Drafting nothing
+is a choice like any other.
 """
 
 from __future__ import annotations
@@ -18,35 +19,36 @@ from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
 from edge_spec.types import Context, Draft, Verdict
 
-LOOKUP_SCALE: Scale = ((2, 0.3), (3, 0.45), (4, 0.55), (6, 0.7), (9, 0.8), (14, 0.88), (24, 0.94))
+LOOKUP_SCALE: Scale = ((1, 0.2), (2, 0.45), (3, 0.6), (4, 0.7), (6, 0.78), (9, 0.85), (14, 0.9), (24, 0.95))
 """A lookup's confidence is the length of the match behind a token."""
-MODEL_SCALE: Scale = ((0.0, 0.3), (0.3, 0.45), (0.5, 0.6), (0.7, 0.75), (0.85, 0.88), (0.95, 0.95), (0.99, 0.99))
+MODEL_SCALE: Scale = ((0.0, 0.26), (0.3, 0.47), (0.5, 0.68), (0.7, 0.83), (0.85, 0.93), (0.95, 0.975), (0.99, 0.995))
 """A model's confidence is the probability that it gives its most likely token."""
 
-_RATE_DECAY = 0.96
-_PROBE_AFTER, _PROBE_AT_MOST = 16, 256
-"""Steps without the model until it is tried again, doubling while it does not pay."""
+_PROFITING_TOKENS, _TOKENS_PER_STEP = 256, 3
+"""What the model reads now is taken to serve the next so many tokens, in steps of so many."""
 
 
 class Book:
-    """What was learnt: costs, chances, and the rate that they led to."""
+    """What was learnt: costs and chances."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.lookup = Acceptance(LOOKUP_SCALE)
         self.model = Acceptance(MODEL_SCALE)
-        self._tokens = 0.0
-        self._seconds = 0.0
+        self.rate = 0.0
+        """Tokens a second of the best of plain decoding and fixed drafts of the model; see `set_rate`."""
 
-    @property
-    def rate(self) -> float:
-        """Tokens a second lately; at first those of plain decoding."""
-        return self._tokens / self._seconds if self._seconds else 1 / self.costs.target_s(1)
+    def set_rate(self, max_draft: int, reading_s: float = 0.0) -> bool:
+        """Find the rate for drafts of up to `max_draft` tokens of the model; returns whether it is one of the model's.
 
-    def earn(self, tokens: int, seconds: float) -> None:
-        """A step brought so many tokens in so many seconds."""
-        self._tokens = self._tokens * _RATE_DECAY + tokens
-        self._seconds = self._seconds * _RATE_DECAY + seconds
+        `reading_s`: what has to be paid for reading before each draft.
+        """
+        costs, mean, tokens = self.costs, self.model.mean, 1.0
+        self.rate = plain = 1 / costs.target_s(1)
+        for n in range(1, max_draft + 1):
+            tokens += mean**n
+            self.rate = max(self.rate, tokens / (costs.target_s(n + 1) + n * costs.draft_s + reading_s))
+        return self.rate > plain
 
     def worth(self, chances: Sequence[float], extra_s: float = 0.0) -> float:
         """What a step with a draft of such chances (each given the ones before) is worth, in tokens."""
@@ -77,9 +79,7 @@ class Planner(Drafter):
         self._room = max_draft
         self._guess = Draft([])
         self._guess_at = 0
-        self._idle_steps = 0
-        self._probe_after = _PROBE_AFTER
-        self._spent_s = 0.0
+        self._max_length = 0
 
     @property
     def costs(self) -> Costs:
@@ -90,7 +90,8 @@ class Planner(Drafter):
         """Start both drafters; what was learnt stays."""
         self._is_fixed = request.sampling.temperature > 0 and request.sampling.seed is not None
         self._book = Book(self._fixed) if self._is_fixed else self._learning
-        self._guess, self._idle_steps, self._probe_after = Draft([]), 0, _PROBE_AFTER
+        self._book.model.relax()
+        self._guess, self._max_length = Draft([]), request.max_length
         self._lookup.start(request)
         if self._model is not None:
             self._model.start(request)
@@ -101,18 +102,15 @@ class Planner(Drafter):
         book = self._book
         self._learn_from_guess(context)
         self._guess, self._guess_at = self._lookup.propose(context, max_tokens), len(context)
-        copied = self._best_beginning(self._guess)
-        best = book.worth([book.lookup.chance(value) for value in copied.confidence])
-        self._spent_s = 0.0
-        if self._model is None or not self._model_pays(context, max_tokens, best):
-            self._idle_steps += 1
-            return copied
-        self._idle_steps = 0
         self._room = min(max_tokens, self._max_draft)
+        model_pays = book.set_rate(self._room if self._model else 0, self._reading_s(context))
+        copied = self._best_beginning(self._guess)
+        # By the meaning of the rate, a step that the model drafts is worth about 0.
+        if self._model is None or not model_pays or book.worth(book.lookup.chances(copied.confidence)) > 0:
+            return copied
         draft = self._model.propose(context, self._room)
-        for tokens_read, seconds in self._model.passes:
-            self._spent_s += seconds
-            if not self._is_fixed:
+        if not self._is_fixed:
+            for tokens_read, seconds in self._model.passes:
                 book.costs.observe_draft(tokens_read, seconds)
         return draft
 
@@ -124,7 +122,6 @@ class Planner(Drafter):
         if target_s is None or self._is_fixed:
             return
         book.costs.observe_target(len(draft.tokens) + 1, target_s)
-        book.earn(verdict.num_accepted + 1, target_s + self._spent_s)
 
     def close(self) -> None:
         """Close both drafters."""
@@ -137,7 +134,7 @@ class Planner(Drafter):
     def worth_drafting(self, confidence: Sequence[float]) -> bool:
         """Whether to pay for one or two more tokens behind tokens of such confidence."""
         book, mean = self._book, self._book.model.mean
-        chances = [book.model.chance(value) for value in confidence]
+        chances = book.model.chances(confidence)
         if not chances:
             return True  # or the model would not have been asked
         now, draft_s = book.worth(chances), book.costs.draft_s
@@ -150,35 +147,24 @@ class Planner(Drafter):
     def worth_verifying(self, confidence: Sequence[float]) -> bool:
         """Whether the last token, of such confidence, should go to the target, perhaps for what may follow it."""
         book, mean = self._book, self._book.model.mean
-        *before, last = (book.model.chance(value) for value in confidence)
+        *before, last = book.model.chances(confidence)
         now = book.worth(before)
         if book.worth([*before, last]) >= now:
             return True
         return len(confidence) < self._room and book.worth([*before, last, mean], book.costs.draft_s) > now
 
-    def _model_pays(self, context: Context, max_tokens: int, best: float) -> bool:
-        """Whether the model's expected best draft beats `best`, or it is time to look again."""
-        assert self._model is not None
-        book, model = self._book, self._model
-        unread = max(0, model.session.count_unread(context) - 1)
-        # What has to be read first pays for all the steps that follow, of which there may be as many as tokens left.
-        reading_s = unread * book.costs.read_s / max(1, min(max_tokens, 64) / 4)
-        expected = max(
-            book.worth([book.model.mean] * n, n * book.costs.draft_s + reading_s)
-            for n in range(1, min(max_tokens, self._max_draft) + 1)
-        )
-        if expected > best:
-            self._probe_after = _PROBE_AFTER
-            return True
-        if self._idle_steps < self._probe_after:
-            return False
-        self._probe_after = min(2 * self._probe_after, _PROBE_AT_MOST)
-        return True
+    def _reading_s(self, context: Context) -> float:
+        """What the model has to read before it can draft, spread over the steps that will profit from it."""
+        if self._model is None:
+            return 0.0
+        unread = max(0, self._model.session.count_unread(context) - 2)
+        tokens_left = min(self._max_length - len(context), _PROFITING_TOKENS)
+        return unread * self._book.costs.read_s / max(1.0, tokens_left / _TOKENS_PER_STEP)
 
     def _best_beginning(self, draft: Draft) -> Draft:
         """As much of a lookup's draft as is worth its rows, by this book."""
         book = self._book
-        chances = [book.lookup.chance(value) for value in draft.confidence]
+        chances = book.lookup.chances(draft.confidence)
         length = max(range(len(chances) + 1), key=lambda n: book.worth(chances[:n]))
         return Draft(draft.tokens[:length], confidence=draft.confidence[:length], source=draft.source)
 

@@ -1,0 +1,219 @@
+"""The planner's choices follow costs and chances; what it writes never depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+
+from edge_spec.decoding.decoder import SpeculativeDecoder
+from edge_spec.decoding.session import Session
+from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
+from edge_spec.drafting.acceptance import Acceptance
+from edge_spec.types import Decoded, SamplingParams
+from tests.fakes import FakeLM
+
+# ---- costs
+
+
+def test_the_first_pass_sets_the_scale_and_later_ones_correct_each_width() -> None:
+    costs = Costs(max_rows=8)
+    costs.observe_target(4, 0.040)
+    assert costs.target_s(4) == pytest.approx(0.040)
+    assert 0.020 < costs.target_s(1) < 0.040 < costs.target_s(8)
+    for _ in range(60):
+        costs.observe_target(1, 0.030)
+        costs.observe_target(4, 0.033)
+    assert costs.target_s(1) == pytest.approx(0.030, rel=0.05)
+    assert costs.target_s(4) == pytest.approx(0.033, rel=0.05)
+
+
+def test_padded_rows_cost_what_their_padding_costs() -> None:
+    costs = Costs(max_rows=8, alignment=2)
+    costs.observe_target(3, 0.05)
+    assert costs.target_s(3) == costs.target_s(4) > costs.target_s(2) == costs.target_s(1)
+
+
+def test_a_machine_that_slows_down_makes_every_pass_look_slower() -> None:
+    costs = Costs(max_rows=4)
+    costs.observe_target(1, 0.03)
+    before = costs.target_s(4)
+    for _ in range(20):
+        costs.observe_target(1, 0.06)
+    assert costs.target_s(1) > 0.055
+    assert costs.target_s(4) > 1.3 * before
+
+
+def test_one_interrupted_pass_does_not_change_the_picture() -> None:
+    costs = Costs(max_rows=4)
+    costs.observe_target(2, 0.03)
+    costs.observe_target(2, 3.0)
+    assert costs.target_s(2) < 0.04
+
+
+def test_reading_and_drafting_are_told_apart() -> None:
+    costs = Costs(max_rows=4)
+    costs.observe_draft(1, 0.010)
+    costs.observe_draft(101, 0.210)
+    assert costs.draft_s == pytest.approx(0.010)
+    assert costs.read_s == pytest.approx(0.002)
+
+
+def test_costs_survive_a_restart_and_nonsense_does_not() -> None:
+    costs = Costs(max_rows=4, alignment=2)
+    assert costs.to_json() == {}
+    costs.observe_target(2, 0.03)
+    costs.observe_draft(1, 0.01)
+    again = Costs(max_rows=4, alignment=2)
+    again.restore(costs.to_json())
+    assert (again.target_s(3), again.draft_s) == (costs.target_s(3), costs.draft_s)
+    for nonsense in ({}, {"target": 3}, {"target": {"2": "x", "4": 1.0}}, {"target": {"1": 1.0}}):
+        fresh = Costs(max_rows=4, alignment=2)
+        fresh.restore(nonsense)
+        assert fresh.target_s(2) == Costs(max_rows=4, alignment=2).target_s(2)
+
+
+# ---- acceptance
+
+
+def test_chances_start_at_the_scale_and_move_to_what_happens() -> None:
+    acceptance = Acceptance(((0.0, 0.2), (0.5, 0.9)))
+    assert acceptance.chances([0.1, 0.7, 0.5]) == pytest.approx([0.2, 0.9, 0.9])
+    for _ in range(200):
+        acceptance.observe(0.7, accepted=False)
+    assert acceptance.chance(0.7) < 0.05
+    assert acceptance.chance(0.1) == pytest.approx(0.2)
+
+
+def test_a_draft_teaches_up_to_its_first_rejection() -> None:
+    acceptance = Acceptance(((0, 0.5), (1, 0.5), (2, 0.5), (3, 0.5)))
+    acceptance.observe_draft([0, 1, 2, 3], 2)
+    chances = acceptance.chances([0, 1, 2, 3])
+    assert min(chances[:2]) > 0.5 > chances[2]
+    assert chances[3] == 0.5, "what came after the rejection was never judged"
+
+
+# ---- choices
+
+
+class Clock:
+    """A clock that only models move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TimedLM(FakeLM):
+    """A fake model whose passes take `first_s` and `more_s` for each further token."""
+
+    def __init__(self, clock: Clock, first_s: float, more_s: float, **options: float) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self._clock, self._first_s, self._more_s = clock, first_s, more_s
+
+    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+        self._clock.now += self._first_s + self._more_s * (len(tokens) - 1)
+        return super().decode(tokens, rows=rows)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("edge_spec.decoding.decoder.perf_counter", clock)
+    monkeypatch.setattr("edge_spec.drafting.model.perf_counter", clock)
+    return clock
+
+
+def decoder_of(
+    clock: Clock, *, target: tuple[float, float], draft: tuple[float, float], draft_seed: int = 0
+) -> SpeculativeDecoder:
+    """A target and a draft of these costs; with the same seed (0) the draft is always right."""
+    options: dict[str, float] = {"n_vocab": 64, "n_ctx": 400, "max_rows": 16}
+    target_model = TimedLM(clock, *target, seed=0, **options)
+    draft_model = TimedLM(clock, *draft, seed=draft_seed, **options)
+    planner = Planner(
+        Costs(max_rows=16),
+        LookupDrafter(min_match=10_000),  # the fakes' text repeats, and this is about the model
+        ModelDrafter(Session(draft_model)),
+        fixed=Costs(max_rows=16),
+    )
+    return SpeculativeDecoder(Session(target_model), planner)
+
+
+def lengths(decoder: SpeculativeDecoder) -> list[int]:
+    """How much each step drafted, in the second half of a long text."""
+    steps = list(decoder.generate([1, 2, 3], max_tokens=300))
+    return [step.drafted for step in steps[len(steps) // 2 : -1]]
+
+
+def test_a_cheap_draft_that_is_right_is_used_to_the_full(clock: Clock) -> None:
+    drafted = lengths(decoder_of(clock, target=(0.030, 0.001), draft=(0.002, 0.0002)))
+    assert sum(drafted) / len(drafted) > 6
+
+
+def test_a_draft_that_costs_as_much_as_the_target_is_not_used(clock: Clock) -> None:
+    drafted = lengths(decoder_of(clock, target=(0.030, 0.030), draft=(0.030, 0.010)))
+    assert sum(drafted) == 0
+
+
+def test_a_draft_that_is_always_wrong_is_given_up(clock: Clock) -> None:
+    drafted = lengths(decoder_of(clock, target=(0.030, 0.010), draft=(0.010, 0.001), draft_seed=7))
+    assert sum(drafted) == 0
+
+
+def test_steep_passes_make_drafts_short(clock: Clock) -> None:
+    flat = lengths(decoder_of(clock, target=(0.030, 0.001), draft=(0.004, 0.0004)))
+    steep = lengths(decoder_of(clock, target=(0.030, 0.022), draft=(0.004, 0.0004)))
+    assert sum(steep) / len(steep) < sum(flat) / len(flat)
+
+
+def test_a_long_prompt_is_not_read_by_the_draft_for_a_short_answer(clock: Clock) -> None:
+    decoder = decoder_of(clock, target=(0.030, 0.010), draft=(0.010, 0.003))
+    prompt = [3 + i % 50 for i in range(0, 3 * 350, 3)]
+    list(decoder.generate(prompt, max_tokens=4))
+    assert "model" not in decoder.stats.drafters
+
+
+def test_a_free_row_is_never_left_empty(clock: Clock) -> None:
+    """Where a pass of one row is padded to two, a guess by one matching token costs nothing."""
+    costs = Costs(max_rows=8, alignment=2)
+    planner = Planner(costs, LookupDrafter(max_draft=7, bold=True, min_match=1), None, fixed=costs)
+    decoder = SpeculativeDecoder(Session(FakeLM(n_vocab=16)), planner)
+    steps = list(decoder.generate([1, 2, 1], max_tokens=1 + 40))
+    guessed = [step for step in steps if step.drafted]
+    assert len(guessed) > len(steps) / 2
+
+
+# ---- laws
+
+
+def test_a_seed_gives_the_same_text_whatever_the_clock_says(clock: Clock) -> None:
+    sampling = SamplingParams(temperature=0.8, seed=3)
+    texts = []
+    for target_s, draft_s in ((0.030, 0.002), (0.030, 0.060), (0.001, 0.060)):
+        decoder = decoder_of(clock, target=(target_s, 0.001), draft=(draft_s, 0.001), draft_seed=1)
+        list(decoder.generate([1, 2, 3], max_tokens=60))  # what it learns here must not matter
+        steps = list(decoder.generate([1, 2, 3], max_tokens=60, sampling=sampling))
+        texts.append([token for step in steps for token in step.tokens])
+    assert all(one == other for one, other in pairwise(texts))
+
+
+def test_the_pace_is_the_planners_own_business() -> None:
+    """A model drafter that was planned and is then used alone drafts its fixed length again."""
+    model = ModelDrafter(Session(FakeLM()), draft_tokens=4)
+    planner = Planner(Costs(max_rows=8), LookupDrafter(), model, fixed=Costs(max_rows=8))
+    decoder = SpeculativeDecoder(Session(FakeLM()), planner)
+    list(decoder.generate([1], max_tokens=5))
+    assert model.pace is planner
+    alone = SpeculativeDecoder(Session(FakeLM()), model)
+    steps = list(alone.generate([1], max_tokens=20))
+    assert [step.drafted for step in steps[:-1]] == [4] * (len(steps) - 1)
+
+
+def test_closing_the_planner_closes_the_model() -> None:
+    draft = FakeLM()
+    Planner(Costs(max_rows=8), LookupDrafter(), ModelDrafter(Session(draft)), fixed=Costs(max_rows=8)).close()
+    assert draft.closed
