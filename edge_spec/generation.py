@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -12,6 +12,10 @@ from edge_spec.decoding.stop import StopStrings
 from edge_spec.errors import UsageError
 from edge_spec.tokenizer import Detokenizer
 from edge_spec.types import FinishReason, GenerationResult, Piece, SamplingParams
+
+# Here and not where it is used: a stream may end while Python shuts down, when nothing can be imported any more.
+if sys.platform != "win32":
+    import resource
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class Stream:
     """A generation that runs while it is iterated over; yields a `Piece` for each step that gives text.
 
     `cancel()` may be called from another thread or a signal handler and takes effect within one step. `result` is
-    there once the iteration has ended. Leaving the loop early ends the generation.
+    there once the iteration has ended. A loop that was left early can be gone on with, or ended by `close()`.
     """
 
     def __init__(
@@ -49,14 +53,15 @@ class Stream:
         finish: Finish,
     ) -> None:
         self._stop_strings = StopStrings(stop)
-        self._cancelled = threading.Event()
+        # Not a threading.Event: its lock would hang a signal handler that interrupts another one's `cancel`.
+        self._cancelled = False
         # At once, so that what is wrong with the arguments is raised at the call and not in the loop.
-        self._steps = steps(self._cancelled.is_set)
+        self._steps = steps(lambda: self._cancelled)
         self._decoder = decoder
         self._detokenizer = detokenizer
         self._finish = finish
         self._result: GenerationResult | None = None
-        self._pieces: Iterator[Piece] | None = None
+        self._pieces = self._generate()
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason = FinishReason.CANCELLED
@@ -78,43 +83,58 @@ class Stream:
 
     def cancel(self) -> None:
         """End the generation within one step, or within one chunk of the prompt."""
-        self._cancelled.set()
+        self._cancelled = True
+
+    def close(self) -> None:
+        """End the generation here, by the thread that iterates; the result is there then. Twice is not an error."""
+        self.cancel()
+        self._pieces.close()
+        if self._result is None:  # not a piece was asked for
+            self.started_s = self.first_token_s = perf_counter()
+            self._end()
 
     def __iter__(self) -> Iterator[Piece]:
-        if self._pieces is None:
-            self._pieces = self._generate()
         return self._pieces
 
-    def _generate(self) -> Iterator[Piece]:
+    def _generate(self) -> Generator[Piece, None, None]:
         self.started_s = self.first_token_s = perf_counter()
         try:
             for step in self._steps:
-                if not self.token_ids and step.tokens:
+                text, tokens = self._take(step.tokens)
+                if not self.token_ids and tokens:
                     self.first_token_s = perf_counter()
-                    self.first_tokens = len(step.tokens)
-                text = self._take(step)
+                    self.first_tokens = len(tokens)
                 self.text += text
+                self.token_ids += tokens
                 if self._stop_strings.matched is not None:
                     self.finish_reason = FinishReason.STOP_STRING
                 elif step.finish_reason is not None:
                     self.finish_reason = step.finish_reason
-                yield Piece(text, tuple(step.tokens))
+                yield Piece(text, tuple(tokens))
                 if self._stop_strings.matched is not None:
                     break
             tail = self._stop_strings.push(self._detokenizer.flush()) + self._stop_strings.flush()
-            if tail and self._stop_strings.matched is None:
+            if tail:
                 self.text += tail
                 yield Piece(tail)
         finally:
-            self.ended_s = perf_counter()
-            self._result = self._finish(self)
+            self._end()
 
-    def _take(self, step: Step) -> str:
+    def _take(self, tokens: list[int]) -> tuple[str, list[int]]:
+        """The text of `tokens`, and those of them that were needed for it: what follows a stop string was not asked for.
+
+        So the ids, like the text, do not depend on how many tokens came in the same step.
+        """
         text = ""
-        for token in step.tokens:
-            self.token_ids.append(token)
+        for i, token in enumerate(tokens):
             text += self._stop_strings.push(self._detokenizer.push(token))
-        return text
+            if self._stop_strings.matched is not None:
+                return text, tokens[: i + 1]
+        return text, tokens
+
+    def _end(self) -> None:
+        self.ended_s = perf_counter()
+        self._result = self._finish(self)
 
 
 def make_result(stream: Stream, *, prompt_tokens: int, info: EngineInfo) -> GenerationResult:
@@ -152,13 +172,9 @@ def make_result(stream: Stream, *, prompt_tokens: int, info: EngineInfo) -> Gene
 
 def peak_rss_bytes() -> int:
     """The most memory that this process has held so far, mapped files included."""
-    import psutil
+    if sys.platform == "win32":
+        import psutil
 
-    try:
-        import resource
-    except ImportError:  # Windows
         return int(psutil.Process().memory_info().peak_wset)
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return peak if sys.platform == "darwin" else peak * 1024

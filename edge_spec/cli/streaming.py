@@ -76,15 +76,14 @@ def show(stream: Stream, progress: ProgressDisplay) -> Outcome:
 def follow(stream: Stream, write: Callable[[str], None]) -> Outcome:
     """Hand every piece's text to `write` until the stream ends or Ctrl-C ends it.
 
-    The stream is cancelled if `write` or the stream raises; the error goes on to the caller.
+    The stream is closed if `write` raises; the error goes on to the caller.
     """
     with _cancel_on_interrupt(stream) as presses:
         try:
             for piece in stream:
                 write(piece.text)
-        except BaseException:
-            stream.cancel()
-            raise
+        finally:
+            stream.close()
     return Outcome(stream.result, interrupted=presses.count > 0)
 
 

@@ -16,9 +16,9 @@ _ROW_SHARE = 0.2
 class Costs:
     """Seconds of a target's pass by its number of rows, and of a draft's token.
 
-    Widths that were not seen yet lie on the line through those that were; while only one was, a guess gives the line's
-    slope. `alignment` is the target's row padding. `draft_share` is the guess for a draft token, in target passes of one
-    row: weights are what a pass reads.
+    Widths that were not seen yet lie on the line through those that were; while only one was, a guess gives its slope.
+    `alignment` is the target's row padding. `draft_share` is the guess for a draft token, in target passes of one row:
+    weights are what a pass reads.
     """
 
     def __init__(self, *, max_rows: int, alignment: int = 1, draft_share: float = 0.3) -> None:
