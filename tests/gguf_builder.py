@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edge_spec.formats.gguf import GGUFArray, GGUFFile
+
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 _FORMATS = {
     U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d",
@@ -74,6 +76,12 @@ def build_gguf(
     if tensors:
         out += bytes(-len(out) % alignment)
     return bytes(out + body)
+
+
+def metadata_of(gguf: GGUFFile) -> dict[str, Any]:
+    """A file's metadata, as `build_gguf` takes it."""
+    pairs = gguf.metadata.items()
+    return {key: Typed(item.type, list(item)) if isinstance(item, GGUFArray) else item for key, item in pairs}
 
 
 def write_gguf(path: Path, metadata: Any = (), tensors: Sequence[TensorSpec] = (), **options: Any) -> Path:

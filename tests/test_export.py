@@ -19,10 +19,10 @@ from edge_spec.errors import ModelFormatError, StorageError, UnsupportedArchitec
 from edge_spec.export import RECIPES, Recipe, default_recipe, ensure_export, export_model, find_recipe, open_export
 from edge_spec.export.architecture import read_config
 from edge_spec.export.exporter import DESCRIPTION, SOURCE, WEIGHTS
-from edge_spec.export.layout import plan_layout
-from edge_spec.export.quantize import QuantizedRows, dequantize_rows, quantize_rows, repack_exact
+from edge_spec.export.quantize import dequantize_rows, quantize_rows, repack_exact
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
+from tests.exported_values import exported_values
 from tests.reference_decoder import reference_logits
 from tests.tiny_models import write_tiny_gguf
 
@@ -64,19 +64,11 @@ def test_the_exact_recipe_carries_every_weight_over_bit_for_bit(kind: str, bits:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_an_exact_export_holds_the_source_values_in_its_file(kind: str, tmp_path: Path) -> None:
-    """Read back from the file, through the places that the graph is told."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", tensor_type=kind)
     export = export_model(path, RECIPES["exact"], tmp_path / "out", sha256=SHA)
-    stored = np.fromfile(export.path / WEIGHTS, np.uint8)
     with GGUFFile(path) as gguf:
-        for job in plan_layout(gguf, export.config, export.recipe).jobs:
-            matrix = job.matrix
-            packed = stored[matrix.packed.offset :][: matrix.packed.length]
-            scales = stored[matrix.scales.offset :][: matrix.scales.length].view(np.float32)
-            blocks = matrix.row_length // matrix.block
-            rows = QuantizedRows(packed.reshape(matrix.n_rows, blocks, -1), scales.reshape(matrix.n_rows, blocks))
-            values = dequantize_rows(rows, bits=matrix.bits)[job.first_row :][: job.tensor.shape[0]]
-            assert np.array_equal(values, gguf.dequantize(job.tensor.name)), job.tensor.name
+        for name, values in exported_values(export, path):
+            assert np.array_equal(values, gguf.dequantize(name)), name
     assert export.requantized == ()
 
 

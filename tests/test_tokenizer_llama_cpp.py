@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edge_spec.errors import UnsupportedArchitectureError
-from edge_spec.formats.gguf import GGUFArray, GGUFFile
+from edge_spec.formats.gguf import GGUFFile
 from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer, check_same_vocabulary
 from edge_spec.tokenizer.bpe import BYTE_OF
 from edge_spec.tokenizer.pretokenizers import FAMILIES
-from tests.gguf_builder import I32, Typed, write_gguf
+from tests.gguf_builder import I32, Typed, metadata_of, write_gguf
 from tests.llama_sources import expected, vocabulary_folder
 from tests.llama_vocab import LlamaVocab
 from tests.random_text import random_texts
@@ -90,7 +89,7 @@ def test_an_unsupported_vocabulary_is_refused_by_name(vocabularies: Path, name: 
 def test_each_family_of_pre_tokenizers_cuts_as_llama_cpp_does(vocabularies: Path, tmp_path: Path, pre: str) -> None:
     """GPT-2's merges under another family's rules: wherever a cut differs, ids do."""
     with GGUFFile(vocabularies / "ggml-vocab-gpt-2.gguf") as gguf:
-        metadata = {key: _typed(value) for key, value in gguf.metadata.items()} | {"tokenizer.ggml.pre": pre}
+        metadata = metadata_of(gguf) | {"tokenizer.ggml.pre": pre}
     assert_same_ids(write_gguf(tmp_path / "vocab.gguf", metadata), 300, seed=2)
 
 
@@ -141,7 +140,3 @@ def test_2000_random_texts_get_llama_cpps_ids_from_the_draft(draft_path: Path) -
 @pytest.mark.pair
 def test_the_default_pair_shares_its_vocabulary(target_path: Path, draft_path: Path) -> None:
     check_same_vocabulary(load(target_path), load(draft_path))
-
-
-def _typed(value: Any) -> Any:
-    return Typed(value.type, list(value)) if isinstance(value, GGUFArray) else value
