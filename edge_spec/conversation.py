@@ -32,7 +32,7 @@ class Chat:
     """Turns of user and model. Made by `Engine.chat`.
 
     `messages` holds roles and texts so far. The ids that were generated are kept and never tokenised again, so a turn
-    reads only what is new; an answer that was cancelled stays as far as it got.
+    reads only what is new; an answer that was cancelled, or left for the next turn, stays as far as it got.
     """
 
     def __init__(
@@ -44,10 +44,13 @@ class Chat:
         self._system = system
         self.messages: list[dict[str, str]] = []
         self._ids: list[int] = []
+        self._answer: Stream | None = None
+        """The latest one, which may not have been read to its end."""
         self.reset()
 
     def reset(self) -> None:
         """Forget every turn; the system prompt stays."""
+        self._end_answer()
         self.messages[:] = [{"role": "system", "content": self._system}] if self._system is not None else []
         self._ids = []
 
@@ -80,6 +83,7 @@ class Chat:
         Both enter the conversation when the answer has ended. Raises ContextLengthError if the conversation no longer
         fits the window; it is then as it was before.
         """
+        self._end_answer()
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt_ids = self._prompt_ids(messages)
 
@@ -91,9 +95,16 @@ class Chat:
             kept = result.finish_reason is not FinishReason.STOP_STRING
             self._ids = prompt_ids + result.token_ids if kept else []
 
-        return self._stream_ids(
+        self._answer = self._stream_ids(
             prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, on_progress=on_progress, done=done
         )
+        return self._answer
+
+    def _end_answer(self) -> None:
+        """Close an answer that was left in the middle, which would else come in whenever it is garbage-collected."""
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.close()
 
     def _prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         tail = ids_after_answer(self._template, self._tokenizer, messages) if self._ids else None

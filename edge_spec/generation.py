@@ -121,9 +121,9 @@ class Stream:
             self._end()
 
     def _take(self, tokens: list[int]) -> tuple[str, list[int]]:
-        """The text of `tokens`, and those of them that were needed for it: what follows a stop string was not asked for.
+        """The text of `tokens`, and the tokens up to the one that completed a stop string.
 
-        So the ids, like the text, do not depend on how many tokens came in the same step.
+        What follows it was not asked for; and ids must not depend on how many tokens came in the same step.
         """
         text = ""
         for i, token in enumerate(tokens):

@@ -90,10 +90,14 @@ class FakeStream:
         self._on_progress = on_progress
         self._result: GenerationResult | None = None
         self.cancelled = False
+        self.closed = False
         self.text = ""
 
     def cancel(self) -> None:
         self.cancelled = True
+
+    def close(self) -> None:
+        self.closed = True
 
     @property
     def result(self) -> GenerationResult:

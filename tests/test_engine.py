@@ -217,6 +217,23 @@ def test_messages_hold_the_conversation_and_reset_keeps_the_system_prompt(engine
     assert chat.messages == [{"role": "system", "content": "Be brief"}]
 
 
+def test_an_answer_that_was_left_stays_as_far_as_it_got(engine: Engine) -> None:
+    chat = engine.chat()
+    left = chat.stream(PROMPTS[0], max_tokens=30)
+    first = next(iter(left))
+    chat.send(PROMPTS[1], max_tokens=5)
+    said = [message["content"] for message in chat.messages if message["role"] != "system"]
+    assert said[:3] == [PROMPTS[0], left.result.text, PROMPTS[1]]
+    assert left.result.text.startswith(first.text)
+    assert left.result.finish_reason is FinishReason.CANCELLED
+
+    again = chat.stream(PROMPTS[2], max_tokens=30)
+    next(iter(again))
+    chat.reset()
+    again.close()
+    assert [message for message in chat.messages if message["role"] != "system"] == []
+
+
 def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(models: Path) -> None:
     with Engine.load(target=models / "target.gguf", drafter="none", n_ctx=64, threads=1) as engine:
         chat = engine.chat()
