@@ -65,6 +65,11 @@ class Export:
         return self.path / MODEL
 
     @property
+    def weights_file(self) -> Path:
+        """The packed matrices and their scales."""
+        return self.path / WEIGHTS
+
+    @property
     def source_file(self) -> Path:
         """A GGUF of the source's metadata and embedding table."""
         return self.path / SOURCE

@@ -1,0 +1,185 @@
+"""The OpenVINO graph of an exported decoder, with paged attention.
+
+Inputs (S new tokens, R rows, P blocks in the cache, B of them in use):
+  embeddings            float32 [S, hidden]         rows of the embedding table, looked up by the caller
+  rows                  int64   [R]                 which of the S positions get logits
+  cos, sin              float32 [S, 1, head_dim]    rotary factors of the positions; sin carries the sign of its pair
+  past_lens             int32   [1]                 tokens cached before this pass
+  subsequence_begins    int32   [2]                 0, S
+  block_indices         int32   [B]                 the sequence's blocks in order
+  block_indices_begins  int32   [2]                 0, B
+  max_context_len       int32   []                  tokens cached after this pass
+  key_cache.L, value_cache.L   [P, n_kv_head, 32, head_dim], of the element type that the model is compiled for;
+                        owned by the caller, written in place
+Output:
+  logits                float32 [R, n_vocab]
+
+The last layer works on the R rows alone once its attention is done: nothing later needs the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.export.architecture import DecoderConfig
+from edge_spec.export.graph import StoredMatrix, Weights
+
+N_ATTENTION_INPUTS = 28
+
+
+def build_model(config: DecoderConfig, weights: Weights, mapped: NDArray[np.uint8]) -> Any:
+    """An `openvino.Model` whose matrices lie in `mapped`, the weights file, which has to outlive it."""
+    return _Builder(config, weights, mapped).build()
+
+
+def rotary_partners(config: DecoderConfig) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """For each dimension of a head its partner in rotation, int64 [head_dim], and the sign of the partner's sine,
+    float32 [head_dim]: x turns into x * cos + x[partner] * (sign * sin). Dimensions that do not turn have sign 0.
+    """
+    half = config.rope_dim // 2
+    partner = np.arange(config.head_dim)
+    sign = np.zeros(config.head_dim, np.float32)
+    first, second = _pairs(config)
+    partner[first], partner[second] = second, first
+    sign[first], sign[second] = -1, 1
+    assert len(first) == half
+    return partner, sign
+
+
+def rotary_factors(config: DecoderConfig, n_ctx: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The inputs `cos` and `sin` of positions 0 to n_ctx, float32 [n_ctx, 1, head_dim]."""
+    cos, sin = config.rope_tables(n_ctx)
+    all_cos = np.ones((n_ctx, 1, config.head_dim), np.float32)
+    all_sin = np.zeros((n_ctx, 1, config.head_dim), np.float32)
+    _, sign = rotary_partners(config)
+    for dimensions in _pairs(config):
+        all_cos[:, 0, dimensions] = cos
+        all_sin[:, 0, dimensions] = sin * sign[dimensions]
+    return all_cos, all_sin
+
+
+def _pairs(config: DecoderConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and second dimension of each rotary pair."""
+    dimensions = np.arange(config.rope_dim)
+    if config.rope_interleaved:
+        return dimensions[0::2], dimensions[1::2]
+    return dimensions[: config.rope_dim // 2], dimensions[config.rope_dim // 2 :]
+
+
+class _Builder:
+    def __init__(self, config: DecoderConfig, weights: Weights, mapped: NDArray[np.uint8]) -> None:
+        import openvino
+        from openvino import opset13
+
+        self.ov = openvino
+        self.op = opset13
+        self.config = config
+        self.weights = weights
+        self.mapped = mapped
+        self.parameters: list[Any] = []
+
+    def build(self) -> Any:
+        op, config = self.op, self.config
+        residual = self.parameter("embeddings", [-1, config.hidden], "f32")
+        rows = self.parameter("rows", [-1], "i64")
+        self.cos, self.sin = (self.parameter(name, [-1, 1, config.head_dim], "f32") for name in ("cos", "sin"))
+        self.partner = self.constant(rotary_partners(config)[0])
+        shapes = {"past_lens": [-1], "subsequence_begins": [-1], "block_indices": [-1], "block_indices_begins": [-1]}
+        self.paging = [self.parameter(name, shape, "i32") for name, shape in shapes.items()]
+        self.max_context_len = self.parameter("max_context_len", [], "i32")
+        for layer in range(config.n_layer):
+            block = f"blk.{layer}."
+            branch = self.attention(layer, self.norm(block + "attn_norm", residual))
+            if layer == config.n_layer - 1:
+                branch, residual = (op.gather(x, rows, self.constant(np.int64(0))) for x in (branch, residual))
+            residual = op.add(residual, self.project(block + "attn_output", branch))
+            residual = op.add(residual, self.feed_forward(block, self.norm(block + "ffn_norm", residual)))
+        logits = self.project("output", self.norm("output_norm", residual))
+        logits.output(0).get_tensor().set_names({"logits"})
+        return self.ov.Model([op.result(logits)], self.parameters, config.architecture)
+
+    def attention(self, layer: int, normed: Any) -> Any:
+        op, config = self.op, self.config
+        qkv = self.project(f"blk.{layer}.attn_qkv", normed)
+        widths = [(config.n_head + config.n_kv_head) * config.head_dim, config.n_kv_head * config.head_dim]
+        turning, value = op.variadic_split(qkv, self.constant(np.int64(1)), self.constant(np.int64(widths))).outputs()
+        turned = self.rotate(turning)
+        widths = [config.n_head * config.head_dim, config.n_kv_head * config.head_dim]
+        query, key = op.variadic_split(turned, self.constant(np.int64(1)), self.constant(np.int64(widths))).outputs()
+        caches = [self.parameter(f"{kind}_cache.{layer}", [-1, -1, -1, -1], "dynamic") for kind in ("key", "value")]
+        inputs = [query, key, value, *(node.output(0) for node in (*caches, *self.paging, *self.options()))]
+        attention = self.ov.op._PagedAttentionExtension(inputs)
+        info = attention.get_rt_info()
+        for kind in "kv":
+            info[f"num_{kind}_heads"] = config.n_kv_head
+            info[f"{kind}_head_size"] = config.head_dim
+        return attention.output(0)
+
+    def options(self) -> list[Any]:
+        """The attention's last inputs: scale, no sliding window, no slopes, the length, and what is switched off."""
+        none = {kind: np.zeros(0, kind) for kind in ("int32", "float32", "uint8")}
+        off = [none["int32"]] * 3 + [none["float32"]] * 2 + [np.int32(0)] * 2
+        off += [np.zeros((0, 0, 0, 0), np.float32), np.int32(0)] + [none["int32"]] * 4 + [none["uint8"], none["int32"]]
+        first = [np.float32(self.config.head_dim**-0.5), np.int32(0), none["float32"]]
+        return [*map(self.constant, first), self.max_context_len, *map(self.constant, off)]
+
+    def rotate(self, x: Any) -> Any:
+        """Rotary embedding of [S, heads * head_dim]."""
+        op = self.op
+        heads = op.reshape(x, self.constant(np.int64([0, -1, self.config.head_dim])), special_zero=True)
+        partners = op.gather(heads, self.partner, self.constant(np.int64(2)))
+        turned = op.add(op.multiply(heads, self.cos), op.multiply(partners, self.sin))
+        return op.reshape(turned, self.constant(np.int64([0, -1])), special_zero=True)
+
+    def feed_forward(self, block: str, normed: Any) -> Any:
+        gate = self.op.swish(self.project(block + "ffn_gate", normed))
+        return self.project(block + "ffn_down", self.op.multiply(gate, self.project(block + "ffn_up", normed)))
+
+    def norm(self, name: str, x: Any) -> Any:
+        """RMS norm, in the form that the plugin fuses."""
+        op = self.op
+        square = op.power(x, self.constant(np.float32([[2]])))
+        mean = op.reduce_mean(square, self.constant(np.int64([1])), keep_dims=True)
+        root = op.sqrt(op.add(mean, self.constant(np.float32([[self.config.rms_epsilon]]))))
+        normed = op.multiply(x, op.divide(self.constant(np.float32([[1]])), root))
+        return op.multiply(normed, self.constant(self.weights.vectors[f"{name}.weight"][None]))
+
+    def project(self, name: str, x: Any) -> Any:
+        """x times the transpose of the named matrix, plus its bias if it has one."""
+        op = self.op
+        pieces = [op.matmul(x, self.matrix(part), False, True) for part in self.weights.matrices[name]]
+        product = pieces[0] if len(pieces) == 1 else op.concat(pieces, 1)
+        bias = self.weights.vectors.get(f"{name}.bias")
+        return product if bias is None else op.add(product, self.constant(bias[None]))
+
+    def matrix(self, stored: StoredMatrix) -> Any:
+        """Weights [N, K] as the chain of operators that the plugin recognises and multiplies without unpacking."""
+        op = self.op
+        n, blocks = stored.n_rows, stored.row_length // stored.block
+        kind = self.ov.Type.u4 if stored.bits == 4 else self.ov.Type.u8
+        packed = self.mapped[stored.packed.offset :][: stored.packed.length]
+        levels = self.shared(packed, kind, [n, blocks, stored.block])
+        scales = self.mapped[stored.scales.offset :][: stored.scales.length].view(np.float32)
+        scale = self.shared(scales, self.ov.Type.f32, [n, blocks, 1])
+        zero = self.ov.op.Constant(kind, self.ov.Shape([1, 1, 1]), [1 << (stored.bits - 1)])
+        centred = op.subtract(op.convert(levels, "f32"), op.convert(zero, "f32"))
+        return op.reshape(op.multiply(centred, scale), self.constant(np.int64([n, stored.row_length])), False)
+
+    def shared(self, values: NDArray[Any], kind: Any, shape: Sequence[int]) -> Any:
+        """A constant in the mapped file's own memory."""
+        tensor = self.ov.Tensor(values, self.ov.Shape(shape), kind)
+        return self.ov.op.Constant(tensor, shared_memory=True)
+
+    def constant(self, value: Any) -> Any:
+        return self.ov.op.Constant(np.asarray(value))
+
+    def parameter(self, name: str, shape: Sequence[int], kind: str) -> Any:
+        parameter = self.ov.op.Parameter(getattr(self.ov.Type, kind), self.ov.PartialShape(list(shape)))
+        parameter.set_friendly_name(name)
+        parameter.output(0).get_tensor().set_names({name})
+        self.parameters.append(parameter)
+        return parameter

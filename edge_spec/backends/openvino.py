@@ -1,0 +1,207 @@
+"""OpenVINO backend: exports of `edge_spec.export`, with paged attention over a cache in blocks.
+
+The graph is built from the export's own weights file, which stays mapped. The cache's blocks are arrays of this model;
+a pass names the blocks it uses and how many tokens they hold, so rolling back is forgetting a length. Kernels depend on
+the number of rows here too: see `edge_spec.backends.alignment`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.backends._openvino_graph import build_model, rotary_factors
+from edge_spec.errors import (
+    BackendError,
+    BackendUnavailableError,
+    ContextLengthError,
+    ModelFormatError,
+    UsageError,
+)
+from edge_spec.export import Export
+from edge_spec.export.stored import map_weights, read_weights
+from edge_spec.formats.gguf import GGUFFile
+from edge_spec.types import Decoded, ModelSpec
+
+EMBEDDING = "token_embd.weight"
+
+BLOCK = 32
+"""Tokens in a block of the cache; the plugin's own figure, which its attention insists on."""
+
+ALIGNMENTS = (1, 2, 4)
+"""Paddings that are worth trying."""
+MAX_ALIGNMENT = ALIGNMENTS[-1]
+
+
+class OpenVinoModel:
+    """An export on OpenVINO; implements `backends.base.CausalLM`.
+
+    `threads` run one operator at a time. Passes are not padded until `align_rows` says so: a pass then costs what its
+    rows cost, and equal bits are not promised. Raises BackendUnavailableError where OpenVINO is not installed.
+    """
+
+    def __init__(self, export: Export, *, name: str, n_ctx: int, threads: int, max_rows: int = 16) -> None:
+        ov = _library()
+        config = export.config
+        self._padding = 1
+        self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
+        max_rows = _round_up(max_rows, MAX_ALIGNMENT)
+        self._spec = ModelSpec(
+            name=name,
+            architecture=config.architecture,
+            n_vocab=config.n_vocab,
+            n_ctx=n_ctx,
+            n_ctx_train=config.n_ctx_train,
+            n_layer=config.n_layer,
+            n_kv_heads=config.n_kv_head,
+            head_dim=config.head_dim,
+            weight_bytes=export.weight_bytes,
+            kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
+            max_rows=max_rows,
+            row_alignment=None,
+        )
+        self._length = 0
+        self._embeddings = GGUFFile(export.source_file)
+        if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
+            raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
+        weights = read_weights(export)
+        self._mapped = map_weights(export)
+        self._cos, self._sin = rotary_factors(config, self._capacity)
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
+            # Activations are quantised in groups; a group that is not the weights' block takes a far slower kernel.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_commonest_block(weights.matrices.values())),
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+        }
+        with _translated(ov, f"loading {name}"):
+            model = build_model(config, weights, self._mapped)
+            self._compiled: Any = ov.Core().compile_model(model, "CPU", settings)
+            self._request: Any = self._compiled.create_infer_request()
+        self._ov = ov
+        self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
+        self._set_cache()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Sizes and capabilities."""
+        return self._spec
+
+    @property
+    def length(self) -> int:
+        """Cached tokens."""
+        return self._length
+
+    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+        """See `CausalLM.decode`."""
+        self._require_open()
+        n = len(tokens)
+        if not 0 <= rows <= min(n, self._spec.max_rows) or n == 0:
+            raise UsageError(f"{rows} rows of {n} tokens; at most {self._spec.max_rows} rows, and no more than tokens")
+        if self._length + n > self._spec.n_ctx:
+            raise ContextLengthError(self._length + n, self._spec.n_ctx)
+        start, padded = self._length, _round_up(n, self._padding)
+        total = start + padded
+        wanted = np.full(_round_up(max(rows, 1), self._padding), n - 1, np.int64)
+        wanted[:rows] = np.arange(n - rows, n)
+        blocks = -(-total // BLOCK)
+        self._set("embeddings", self._embed(tokens, padded))
+        self._set("rows", wanted)
+        self._set("cos", self._cos[start:total])
+        self._set("sin", self._sin[start:total])
+        self._set("past_lens", np.array([start], np.int32))
+        self._set("subsequence_begins", np.array([0, padded], np.int32))
+        self._set("block_indices", np.arange(blocks, dtype=np.int32))
+        self._set("block_indices_begins", np.array([0, blocks], np.int32))
+        self._set("max_context_len", np.array(total, np.int32))
+        with _translated(self._ov, f"decoding {n} tokens"):
+            self._request.infer(share_outputs=True)
+            logits = self._request.get_output_tensor(0).data
+        self._length += n
+        return Decoded(logits[:rows])
+
+    def rollback(self, length: int) -> None:
+        """See `CausalLM.rollback`; any length, at no cost."""
+        if not 0 <= length <= self._length:
+            raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
+        self._length = length
+
+    def align_rows(self, alignment: int | None) -> None:
+        """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all.
+
+        `edge_spec.backends.alignment` finds the smallest one that keeps its promise on a machine.
+        """
+        if alignment is not None and alignment not in ALIGNMENTS:
+            raise UsageError(f"row alignment {alignment}: choose one of {ALIGNMENTS}")
+        self._padding = alignment or 1
+        self._spec = replace(self._spec, row_alignment=alignment)
+
+    def close(self) -> None:
+        """Give the compiled model, the cache and the buffers back."""
+        self._embeddings.close()
+        # The request points into what is held, and the model into the mapped weights: they go first.
+        self._request = self._compiled = None
+        self._held.clear()
+        self._mapped = np.empty(0, np.uint8)
+
+    def _require_open(self) -> None:
+        if self._request is None:
+            raise UsageError(f"{self._spec.name} is closed")
+
+    def _embed(self, tokens: Sequence[int], padded: int) -> NDArray[np.float32]:
+        """Rows of the embedding table, float32 [padded, hidden], dequantised from the mapped file; token 0 pads."""
+        ids = np.zeros(padded, np.int64)
+        ids[: len(tokens)] = tokens
+        if ids.min() < 0 or ids.max() >= self._spec.n_vocab:
+            raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
+        return self._embeddings.dequantize(EMBEDDING, ids)
+
+    def _set_cache(self) -> None:
+        """Allocate the blocks of each layer's keys and values; untouched pages cost nothing yet."""
+        shape = (-(-self._capacity // BLOCK), self._spec.n_kv_heads, BLOCK, self._spec.head_dim)
+        for layer in range(self._spec.n_layer):
+            for kind in ("key", "value"):
+                self._set(f"{kind}_cache.{layer}", np.zeros(shape, np.float32))
+
+    def _set(self, name: str, array: NDArray[Any]) -> None:
+        self._held[name] = array
+        self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
+
+
+def _commonest_block(matrices: Any) -> int:
+    """The block of most weights of a model."""
+    counts: dict[int, int] = {}
+    for parts in matrices:
+        for part in parts:
+            counts[part.block] = counts.get(part.block, 0) + part.n_rows * part.row_length
+    return max(counts, key=lambda block: counts[block])
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _library() -> Any:
+    try:
+        import openvino
+    except ImportError as exc:
+        raise BackendUnavailableError(
+            'the openvino backend needs OpenVINO: pip install "edge-spec[openvino]"'
+        ) from exc
+    return openvino
+
+
+@contextmanager
+def _translated(ov: Any, doing: str) -> Iterator[None]:
+    """Turn OpenVINO's exceptions (RuntimeErrors, and the binding's own TypeErrors) into BackendError."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as exc:
+        raise BackendError(f"OpenVINO {ov.__version__} failed while {doing}: {exc}") from exc

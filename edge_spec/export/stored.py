@@ -1,0 +1,61 @@
+"""Find an export's weights again: the graph says where each of them lies, so that other runtimes can use the files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.errors import ModelFormatError
+from edge_spec.export.exporter import Export
+from edge_spec.export.graph import Span, StoredMatrix, Weights
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def read_weights(export: Export) -> Weights:
+    """The matrices (their places in the weights file) and vectors of an export, by the names that `build_graph` took.
+
+    Raises ModelFormatError if the graph is not one that this exporter wrote.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(export.model_file), load_external_data=False)
+        return _weights(model.graph)
+    except (OSError, DecodeError, KeyError, ValueError) as exc:
+        raise ModelFormatError(f"{export.model_file} is not an export's graph: {exc!r}; export it again") from exc
+
+
+def map_weights(export: Export) -> NDArray[np.uint8]:
+    """The weights file, mapped read-only."""
+    return np.memmap(export.weights_file, np.uint8, mode="r")
+
+
+def _weights(graph: onnx.GraphProto) -> Weights:
+    import onnx
+
+    spans: dict[str, Span] = {}
+    vectors: dict[str, NDArray[np.float32]] = {}
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            spans[tensor.name] = Span(int(place["offset"]), int(place["length"]))
+        else:
+            vectors[tensor.name] = onnx.numpy_helper.to_array(tensor)
+    matrices: dict[str, list[StoredMatrix]] = {}
+    for node in graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        _, packed, scales = node.input
+        size = {attribute.name: attribute.i for attribute in node.attribute}
+        # `attn_qkv.weight`, or `attn_qkv.0.weight` for a part of what could not be fused.
+        name = packed.removesuffix(".weight")
+        stem, _, part = name.rpartition(".")
+        matrices.setdefault(stem if part.isdecimal() else name, []).append(
+            StoredMatrix(size["N"], size["K"], size["bits"], size["block_size"], spans[packed], spans[scales])
+        )
+    return Weights(matrices, vectors)
