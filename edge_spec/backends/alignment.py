@@ -7,17 +7,43 @@ so it is measured once and kept.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
-from edge_spec.backends.onnx import ALIGNMENTS, OnnxModel
+from edge_spec.backends.base import CausalLM
 from edge_spec.cache_file import CacheFile
+from edge_spec.errors import UsageError
+
+ALIGNMENTS = (1, 2, 4)
+"""Paddings that are worth trying: kernels work on tiles of up to 4 rows."""
+MAX_ALIGNMENT = ALIGNMENTS[-1]
 
 PREFIX, ROWS = 24, 8
 WIDTHS = (1, 2, 3, 5)
 NONE = "none"
 
 
-def align(model: OnnxModel, cache: CacheFile, key: str) -> None:
+class AlignableLM(CausalLM, Protocol):
+    """A model whose passes can be padded."""
+
+    def align_rows(self, alignment: int | None) -> None:
+        """Pad each pass to a multiple of `alignment` rows (one of ALIGNMENTS) from now on, or (None) not at all."""
+        ...
+
+
+def check_alignment(alignment: int | None) -> None:
+    """UsageError unless it is one of ALIGNMENTS, or None."""
+    if alignment is not None and alignment not in ALIGNMENTS:
+        raise UsageError(f"row alignment {alignment}: choose one of {ALIGNMENTS}")
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is at least n."""
+    return -(-n // multiple) * multiple
+
+
+def align(model: AlignableLM, cache: CacheFile, key: str) -> None:
     """Set the model's row alignment: from `cache` if it knows `key`, else by `find_alignment`, kept there."""
     known = cache.get(key)
     if known not in (*ALIGNMENTS, NONE):
@@ -27,7 +53,7 @@ def align(model: OnnxModel, cache: CacheFile, key: str) -> None:
     model.align_rows(None if known == NONE else known)
 
 
-def find_alignment(model: OnnxModel) -> int | None:
+def find_alignment(model: AlignableLM) -> int | None:
     """The smallest padding with which a row has the same logits in passes of every width, None if there is none.
 
     Leaves the model empty, with the padding that was tried last.
@@ -42,7 +68,7 @@ def find_alignment(model: OnnxModel) -> int | None:
     return None
 
 
-def _rows_agree(model: OnnxModel, tokens: list[int]) -> bool:
+def _rows_agree(model: AlignableLM, tokens: list[int]) -> bool:
     model.rollback(0)
     model.decode(tokens[:PREFIX], rows=0)
     expected = model.decode(tokens[PREFIX:], rows=ROWS).logits.copy()

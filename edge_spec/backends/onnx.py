@@ -15,17 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.errors import BackendError, ContextLengthError, ModelFormatError, UsageError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec
 
 EMBEDDING = "token_embd.weight"
-
-ALIGNMENTS = (1, 2, 4)
-"""Paddings that are worth trying: MatMulNBits works on tiles of up to 4 rows."""
-MAX_ALIGNMENT = ALIGNMENTS[-1]
-
 
 class OnnxModel:
     """An export on ONNX Runtime; implements `backends.base.CausalLM`.
@@ -40,7 +36,7 @@ class OnnxModel:
         config = export.config
         self._padding = 1
         self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
-        max_rows = _round_up(max_rows, MAX_ALIGNMENT)
+        max_rows = round_up(max_rows, MAX_ALIGNMENT)
         self._spec = ModelSpec(
             name=name,
             architecture=config.architecture,
@@ -87,9 +83,9 @@ class OnnxModel:
             raise UsageError(f"{rows} rows of {n} tokens; at most {self._spec.max_rows} rows, and no more than tokens")
         if self._length + n > self._spec.n_ctx:
             raise ContextLengthError(self._length + n, self._spec.n_ctx)
-        padded = _round_up(n, self._padding)
+        padded = round_up(n, self._padding)
         total = self._length + padded
-        wanted = np.full(_round_up(max(rows, 1), self._padding), n - 1, np.int64)
+        wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
         wanted[:rows] = np.arange(n - rows, n)
         self._bind("embeddings", self._embed(tokens, padded))
         self._bind("rows", wanted)
@@ -112,8 +108,7 @@ class OnnxModel:
 
         `edge_spec.backends.alignment` finds the smallest one that keeps its promise on a machine.
         """
-        if alignment is not None and alignment not in ALIGNMENTS:
-            raise UsageError(f"row alignment {alignment}: choose one of {ALIGNMENTS}")
+        check_alignment(alignment)
         self._padding = alignment or 1
         self._spec = replace(self._spec, row_alignment=alignment)
 
@@ -165,10 +160,6 @@ def _session_options(ort: Any, threads: int) -> Any:
     # Workers that spin on after a run take the cores that the other model's run needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
+from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.errors import (
     BackendError,
     BackendUnavailableError,
@@ -24,6 +25,7 @@ from edge_spec.errors import (
     UsageError,
 )
 from edge_spec.export import Export
+from edge_spec.export.graph import Weights
 from edge_spec.export.stored import map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, ModelSpec
@@ -32,11 +34,6 @@ EMBEDDING = "token_embd.weight"
 
 BLOCK = 32
 """Tokens in a block of the cache; the plugin's own figure, which its attention insists on."""
-
-ALIGNMENTS = (1, 2, 4)
-"""Paddings that are worth trying."""
-MAX_ALIGNMENT = ALIGNMENTS[-1]
-
 
 class OpenVinoModel:
     """An export on OpenVINO; implements `backends.base.CausalLM`.
@@ -50,7 +47,7 @@ class OpenVinoModel:
         config = export.config
         self._padding = 1
         self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
-        max_rows = _round_up(max_rows, MAX_ALIGNMENT)
+        max_rows = round_up(max_rows, MAX_ALIGNMENT)
         self._spec = ModelSpec(
             name=name,
             architecture=config.architecture,
@@ -75,8 +72,8 @@ class OpenVinoModel:
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",
-            # Activations are quantised in groups; a group that is not the weights' block takes a far slower kernel.
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_commonest_block(weights.matrices.values())),
+            # Activations are quantised in groups; one larger than a matrix's block takes a far slower kernel.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_smallest_block(weights)),
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
@@ -107,9 +104,9 @@ class OpenVinoModel:
             raise UsageError(f"{rows} rows of {n} tokens; at most {self._spec.max_rows} rows, and no more than tokens")
         if self._length + n > self._spec.n_ctx:
             raise ContextLengthError(self._length + n, self._spec.n_ctx)
-        start, padded = self._length, _round_up(n, self._padding)
+        start, padded = self._length, round_up(n, self._padding)
         total = start + padded
-        wanted = np.full(_round_up(max(rows, 1), self._padding), n - 1, np.int64)
+        wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
         wanted[:rows] = np.arange(n - rows, n)
         blocks = -(-total // BLOCK)
         self._set("embeddings", self._embed(tokens, padded))
@@ -138,8 +135,7 @@ class OpenVinoModel:
 
         `edge_spec.backends.alignment` finds the smallest one that keeps its promise on a machine.
         """
-        if alignment is not None and alignment not in ALIGNMENTS:
-            raise UsageError(f"row alignment {alignment}: choose one of {ALIGNMENTS}")
+        check_alignment(alignment)
         self._padding = alignment or 1
         self._spec = replace(self._spec, row_alignment=alignment)
 
@@ -175,17 +171,8 @@ class OpenVinoModel:
         self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
 
 
-def _commonest_block(matrices: Any) -> int:
-    """The block of most weights of a model."""
-    counts: dict[int, int] = {}
-    for parts in matrices:
-        for part in parts:
-            counts[part.block] = counts.get(part.block, 0) + part.n_rows * part.row_length
-    return max(counts, key=lambda block: counts[block])
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def _smallest_block(weights: Weights) -> int:
+    return min(part.block for parts in weights.matrices.values() for part in parts)
 
 
 def _library() -> Any:
