@@ -17,6 +17,7 @@ from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, Stream, make_result
 from edge_spec.loading import (
+    BACKENDS,
     Loader,
     Source,
     StageProgress,
@@ -30,7 +31,6 @@ from edge_spec.store import DEFAULT_PAIR, Store
 from edge_spec.tokenizer import check_same_vocabulary
 from edge_spec.types import GenerationResult, ModelSpec, Progress, SamplingParams
 
-BACKENDS = ("onnx", "llama")
 DRAFTERS = ("none", "lookup", "model", "auto")
 
 DRAFT_TOKENS, LOOKUP_TOKENS = 3, 7
@@ -70,7 +70,7 @@ class Engine:
         """Load a pair by its name (default: qwen2.5-coder), or `target` and, if wanted, `draft`.
 
         Models are names, hub references that were pulled, paths of GGUF files or of exports. The first load of a GGUF
-        on the onnx backend exports it into the store.
+        on the onnx or openvino backend exports it into the store.
 
         `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
         "lookup", "model" or "none"; the draft is loaded for "auto" and "model". `draft_tokens` is the longest draft of
@@ -146,7 +146,9 @@ class Engine:
             chat_system=known.system if known else None,
         )
         names = f"{source.sha256} {loaded.backend} {loaded.recipe} | {draft_source.sha256 if draft_source else None}"
-        costs = _KeptCosts(CacheFile(store.cache_dir / "costs.json"), f"{machine_key(threads)} | {names}")
+        costs = _KeptCosts(
+            CacheFile(store.cache_dir / "costs.json"), f"{machine_key(loaded.backend, threads)} | {names}"
+        )
         return cls(info, source, Session(loaded.model), drafters, costs)
 
     def __enter__(self) -> Engine:

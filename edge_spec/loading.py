@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from edge_spec.backends.alignment import AlignableLM
 from edge_spec.backends.base import CausalLM
 from edge_spec.cache_file import CacheFile
 from edge_spec.chat_template import ChatTemplate
@@ -20,6 +21,11 @@ from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer
 
 DEFAULT_N_CTX = 4096
+
+BACKENDS = ("onnx", "openvino", "llama")
+
+ENGINES = {"onnx": "onnxruntime", "openvino": "openvino", "llama": "llama-cpp-python"}
+"""The distribution whose version a backend's speed and kernels depend on."""
 
 StageProgress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`; stages are `export NAME` (bytes) and `load NAME`."""
@@ -80,7 +86,7 @@ def _read(name: str, path: Path, sha256: str, export: Export | None) -> Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
-    """Loads sources. `backend` is "onnx" or "llama"; `recipe` None follows the source."""
+    """Loads sources. `backend` is one of BACKENDS; `recipe` None follows the source."""
 
     store: Store
     backend: str
@@ -106,7 +112,7 @@ class Loader:
                 ) from missing
             note = f"{source.name} runs on the llama backend: {unknown}"
             return LoadedModel(loaded.model, loaded.backend, loaded.recipe, (note, *loaded.notes))
-        return self._load_onnx(source, export, n_ctx, aligned)
+        return self._load_export(source, export, n_ctx, aligned)
 
     def _export(self, source: Source, recipe: Recipe | None) -> Export:
         if recipe is None:
@@ -119,26 +125,34 @@ class Loader:
         exports = self.store.exports_dir
         return ensure_export(source.gguf, source.sha256, recipe, exports, threads=self.threads, progress=report)
 
-    def _load_onnx(self, source: Source, export: Export, n_ctx: int, aligned: bool) -> LoadedModel:
+    def _load_export(self, source: Source, export: Export, n_ctx: int, aligned: bool) -> LoadedModel:
         from edge_spec.backends.alignment import align
-        from edge_spec.backends.onnx import OnnxModel
 
         self._report(f"load {source.name}", 0, 1)
-        model = OnnxModel(export, name=source.name, n_ctx=n_ctx, threads=self.threads)
+        model = self._open(export, source.name, n_ctx)
         notes = []
         if export.requantized:
             notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")
         if aligned:
             cache = CacheFile(self.store.cache_dir / "row_alignment.json")
-            align(model, cache, f"{machine_key(self.threads)} | {export.path.name} {source.sha256}")
+            align(model, cache, f"{machine_key(self.backend, self.threads)} | {export.path.name} {source.sha256}")
         self._report(f"load {source.name}", 1, 1)
-        return LoadedModel(model, "onnx", export.recipe.name, tuple(notes))
+        return LoadedModel(model, self.backend, export.recipe.name, tuple(notes))
+
+    def _open(self, export: Export, name: str, n_ctx: int) -> AlignableLM:
+        if self.backend == "openvino":
+            from edge_spec.backends.openvino import OpenVinoModel
+
+            return OpenVinoModel(export, name=name, n_ctx=n_ctx, threads=self.threads)
+        from edge_spec.backends.onnx import OnnxModel
+
+        return OnnxModel(export, name=name, n_ctx=n_ctx, threads=self.threads)
 
     def _load_llama(self, source: Source, n_ctx: int) -> LoadedModel:
         from edge_spec.backends import llama
 
         if source.export is not None:
-            raise UsageError(f"{source.name} is an ONNX export; the llama backend runs GGUF files")
+            raise UsageError(f"{source.name} is an export; the llama backend runs GGUF files")
         self._report(f"load {source.name}", 0, 1)
         model = llama.load(source.gguf, name=source.name, n_ctx=n_ctx, threads=self.threads)
         self._report(f"load {source.name}", 1, 1)
@@ -175,10 +189,10 @@ def choose_n_ctx(source: Source, n_ctx: int | None) -> int:
     return n_ctx
 
 
-def machine_key(threads: int) -> str:
-    """What measured figures depend on besides the model: processor, engine version and threads."""
-    engine = metadata.version("onnxruntime")
-    return f"{platform.machine()} {_cpu_model()} | onnxruntime {engine} | {threads} threads"
+def machine_key(backend: str, threads: int) -> str:
+    """What measured figures depend on besides the model: processor, the backend's engine and version, threads."""
+    engine = ENGINES[backend]
+    return f"{platform.machine()} {_cpu_model()} | {engine} {metadata.version(engine)} | {threads} threads"
 
 
 def _cpu_model() -> str:

@@ -23,12 +23,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from edge_spec.export.architecture import DecoderConfig
 from edge_spec.export.graph import StoredMatrix, Weights
-
-N_ATTENTION_INPUTS = 28
 
 
 def build_model(config: DecoderConfig, weights: Weights, mapped: NDArray[np.uint8]) -> Any:
@@ -40,13 +38,11 @@ def rotary_partners(config: DecoderConfig) -> tuple[NDArray[np.int64], NDArray[n
     """For each dimension of a head its partner in rotation, int64 [head_dim], and the sign of the partner's sine,
     float32 [head_dim]: x turns into x * cos + x[partner] * (sign * sin). Dimensions that do not turn have sign 0.
     """
-    half = config.rope_dim // 2
     partner = np.arange(config.head_dim)
     sign = np.zeros(config.head_dim, np.float32)
     first, second = _pairs(config)
     partner[first], partner[second] = second, first
     sign[first], sign[second] = -1, 1
-    assert len(first) == half
     return partner, sign
 
 
@@ -87,7 +83,7 @@ class _Builder:
         residual = self.parameter("embeddings", [-1, config.hidden], "f32")
         rows = self.parameter("rows", [-1], "i64")
         self.cos, self.sin = (self.parameter(name, [-1, 1, config.head_dim], "f32") for name in ("cos", "sin"))
-        self.partner = self.constant(rotary_partners(config)[0])
+        self.partner = self.indices(rotary_partners(config)[0])
         shapes = {"past_lens": [-1], "subsequence_begins": [-1], "block_indices": [-1], "block_indices_begins": [-1]}
         self.paging = [self.parameter(name, shape, "i32") for name, shape in shapes.items()]
         self.max_context_len = self.parameter("max_context_len", [], "i32")
@@ -95,7 +91,7 @@ class _Builder:
             block = f"blk.{layer}."
             branch = self.attention(layer, self.norm(block + "attn_norm", residual))
             if layer == config.n_layer - 1:
-                branch, residual = (op.gather(x, rows, self.constant(np.int64(0))) for x in (branch, residual))
+                branch, residual = (op.gather(x, rows, self.indices(0)) for x in (branch, residual))
             residual = op.add(residual, self.project(block + "attn_output", branch))
             residual = op.add(residual, self.feed_forward(block, self.norm(block + "ffn_norm", residual)))
         logits = self.project("output", self.norm("output_norm", residual))
@@ -103,13 +99,11 @@ class _Builder:
         return self.ov.Model([op.result(logits)], self.parameters, config.architecture)
 
     def attention(self, layer: int, normed: Any) -> Any:
-        op, config = self.op, self.config
+        config = self.config
         qkv = self.project(f"blk.{layer}.attn_qkv", normed)
-        widths = [(config.n_head + config.n_kv_head) * config.head_dim, config.n_kv_head * config.head_dim]
-        turning, value = op.variadic_split(qkv, self.constant(np.int64(1)), self.constant(np.int64(widths))).outputs()
-        turned = self.rotate(turning)
-        widths = [config.n_head * config.head_dim, config.n_kv_head * config.head_dim]
-        query, key = op.variadic_split(turned, self.constant(np.int64(1)), self.constant(np.int64(widths))).outputs()
+        queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        turning, value = self.split(qkv, [queries + keys, keys])
+        query, key = self.split(self.rotate(turning), [queries, keys])
         caches = [self.parameter(f"{kind}_cache.{layer}", [-1, -1, -1, -1], "dynamic") for kind in ("key", "value")]
         inputs = [query, key, value, *(node.output(0) for node in (*caches, *self.paging, *self.options()))]
         attention = self.ov.op._PagedAttentionExtension(inputs)
@@ -120,20 +114,30 @@ class _Builder:
         return attention.output(0)
 
     def options(self) -> list[Any]:
-        """The attention's last inputs: scale, no sliding window, no slopes, the length, and what is switched off."""
-        none = {kind: np.zeros(0, kind) for kind in ("int32", "float32", "uint8")}
-        off = [none["int32"]] * 3 + [none["float32"]] * 2 + [np.int32(0)] * 2
-        off += [np.zeros((0, 0, 0, 0), np.float32), np.int32(0)] + [none["int32"]] * 4 + [none["uint8"], none["int32"]]
-        first = [np.float32(self.config.head_dim**-0.5), np.int32(0), none["float32"]]
-        return [*map(self.constant, first), self.max_context_len, *map(self.constant, off)]
+        """The attention's inputs behind the blocks: scale, window, slopes, length, and what is switched off."""
+        integers, floats, switch = self.integers([]), self.floats([]), self.integers(0)
+        return [
+            self.floats(self.config.head_dim**-0.5),
+            switch,  # no sliding window
+            floats,  # no slopes by distance
+            self.max_context_len,
+            integers,  # no window over which scores are summed
+            *(integers, integers, floats),  # cached keys are not turned again
+            *(floats, switch, switch),  # no sparse attention
+            self.floats(np.zeros((0, 0, 0, 0))),  # no sinks
+            switch,  # no eviction by diversity: start, sizes, indices, their begins
+            *(integers, integers, integers),
+            integers,  # no token types
+            *(self.constant(np.zeros(0, np.uint8)), integers),  # no bias among the queries
+        ]
 
     def rotate(self, x: Any) -> Any:
         """Rotary embedding of [S, heads * head_dim]."""
         op = self.op
-        heads = op.reshape(x, self.constant(np.int64([0, -1, self.config.head_dim])), special_zero=True)
-        partners = op.gather(heads, self.partner, self.constant(np.int64(2)))
+        heads = op.reshape(x, self.indices([0, -1, self.config.head_dim]), special_zero=True)
+        partners = op.gather(heads, self.partner, self.indices(2))
         turned = op.add(op.multiply(heads, self.cos), op.multiply(partners, self.sin))
-        return op.reshape(turned, self.constant(np.int64([0, -1])), special_zero=True)
+        return op.reshape(turned, self.indices([0, -1]), special_zero=True)
 
     def feed_forward(self, block: str, normed: Any) -> Any:
         gate = self.op.swish(self.project(block + "ffn_gate", normed))
@@ -142,11 +146,10 @@ class _Builder:
     def norm(self, name: str, x: Any) -> Any:
         """RMS norm, in the form that the plugin fuses."""
         op = self.op
-        square = op.power(x, self.constant(np.float32([[2]])))
-        mean = op.reduce_mean(square, self.constant(np.int64([1])), keep_dims=True)
-        root = op.sqrt(op.add(mean, self.constant(np.float32([[self.config.rms_epsilon]]))))
-        normed = op.multiply(x, op.divide(self.constant(np.float32([[1]])), root))
-        return op.multiply(normed, self.constant(self.weights.vectors[f"{name}.weight"][None]))
+        mean = op.reduce_mean(op.power(x, self.floats([[2]])), self.indices([1]), keep_dims=True)
+        root = op.sqrt(op.add(mean, self.floats([[self.config.rms_epsilon]])))
+        normed = op.multiply(x, op.divide(self.floats([[1]]), root))
+        return op.multiply(normed, self.floats(self.weights.vectors[f"{name}.weight"][None]))
 
     def project(self, name: str, x: Any) -> Any:
         """x times the transpose of the named matrix, plus its bias if it has one."""
@@ -154,7 +157,10 @@ class _Builder:
         pieces = [op.matmul(x, self.matrix(part), False, True) for part in self.weights.matrices[name]]
         product = pieces[0] if len(pieces) == 1 else op.concat(pieces, 1)
         bias = self.weights.vectors.get(f"{name}.bias")
-        return product if bias is None else op.add(product, self.constant(bias[None]))
+        return product if bias is None else op.add(product, self.floats(bias[None]))
+
+    def split(self, x: Any, widths: list[int]) -> Any:
+        return self.op.variadic_split(x, self.indices(1), self.indices(widths)).outputs()
 
     def matrix(self, stored: StoredMatrix) -> Any:
         """Weights [N, K] as the chain of operators that the plugin recognises and multiplies without unpacking."""
@@ -167,15 +173,24 @@ class _Builder:
         scale = self.shared(scales, self.ov.Type.f32, [n, blocks, 1])
         zero = self.ov.op.Constant(kind, self.ov.Shape([1, 1, 1]), [1 << (stored.bits - 1)])
         centred = op.subtract(op.convert(levels, "f32"), op.convert(zero, "f32"))
-        return op.reshape(op.multiply(centred, scale), self.constant(np.int64([n, stored.row_length])), False)
+        return op.reshape(op.multiply(centred, scale), self.indices([n, stored.row_length]), False)
 
     def shared(self, values: NDArray[Any], kind: Any, shape: Sequence[int]) -> Any:
         """A constant in the mapped file's own memory."""
         tensor = self.ov.Tensor(values, self.ov.Shape(shape), kind)
         return self.ov.op.Constant(tensor, shared_memory=True)
 
-    def constant(self, value: Any) -> Any:
-        return self.ov.op.Constant(np.asarray(value))
+    def indices(self, values: ArrayLike) -> Any:
+        return self.constant(np.asarray(values, np.int64))
+
+    def integers(self, values: ArrayLike) -> Any:
+        return self.constant(np.asarray(values, np.int32))
+
+    def floats(self, values: ArrayLike) -> Any:
+        return self.constant(np.asarray(values, np.float32))
+
+    def constant(self, values: NDArray[Any]) -> Any:
+        return self.ov.op.Constant(values)
 
     def parameter(self, name: str, shape: Sequence[int], kind: str) -> Any:
         parameter = self.ov.op.Parameter(getattr(self.ov.Type, kind), self.ov.PartialShape(list(shape)))

@@ -23,6 +23,7 @@ from edge_spec.types import Decoded, Logits, ModelSpec
 
 EMBEDDING = "token_embd.weight"
 
+
 class OnnxModel:
     """An export on ONNX Runtime; implements `backends.base.CausalLM`.
 

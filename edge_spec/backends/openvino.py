@@ -35,6 +35,7 @@ EMBEDDING = "token_embd.weight"
 BLOCK = 32
 """Tokens in a block of the cache; the plugin's own figure, which its attention insists on."""
 
+
 class OpenVinoModel:
     """An export on OpenVINO; implements `backends.base.CausalLM`.
 
@@ -179,9 +180,7 @@ def _library() -> Any:
     try:
         import openvino
     except ImportError as exc:
-        raise BackendUnavailableError(
-            'the openvino backend needs OpenVINO: pip install "edge-spec[openvino]"'
-        ) from exc
+        raise BackendUnavailableError('the openvino backend needs OpenVINO: pip install "edge-spec[openvino]"') from exc
     return openvino
 
 

@@ -1,4 +1,4 @@
-"""`edge-spec export`: a GGUF as a folder that the onnx backend runs."""
+"""`edge-spec export`: a GGUF as a folder that the onnx and openvino backends run."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ class BackendName(StrEnum):
     """Libraries that can run a model."""
 
     ONNX = "onnx"
+    OPENVINO = "openvino"
     LLAMA = "llama"
 
 
