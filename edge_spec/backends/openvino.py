@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_spec.backends._block_cache import BlockCache
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.errors import (
@@ -26,7 +27,7 @@ from edge_spec.errors import (
 )
 from edge_spec.export import Export
 from edge_spec.export.graph import Weights
-from edge_spec.export.stored import map_weights, read_weights
+from edge_spec.export.stored import give_back, map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, ModelSpec
 
@@ -68,7 +69,7 @@ class OpenVinoModel:
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
         weights = read_weights(export)
-        self._mapped = map_weights(export)
+        self._weights: Any = map_weights(export)
         self._cos, self._sin = rotary_factors(config, self._capacity)
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
@@ -80,9 +81,10 @@ class OpenVinoModel:
             "ENABLE_CPU_PINNING": False,
         }
         with _translated(ov, f"loading {name}"):
-            model = build_model(config, weights, self._mapped)
+            model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = ov.Core().compile_model(model, "CPU", settings)
             self._request: Any = self._compiled.create_infer_request()
+        give_back(self._weights)  # the plugin has copies in an order of its own
         self._ov = ov
         self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
         self._set_cache()
@@ -110,6 +112,7 @@ class OpenVinoModel:
         wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
         wanted[:rows] = np.arange(n - rows, n)
         blocks = -(-total // BLOCK)
+        self._cache.use(blocks)
         self._set("embeddings", self._embed(tokens, padded))
         self._set("rows", wanted)
         self._set("cos", self._cos[start:total])
@@ -126,10 +129,11 @@ class OpenVinoModel:
         return Decoded(logits[:rows])
 
     def rollback(self, length: int) -> None:
-        """See `CausalLM.rollback`; any length, at no cost."""
+        """See `CausalLM.rollback`; any length, and the memory of what is forgotten goes back to the system."""
         if not 0 <= length <= self._length:
             raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
         self._length = length
+        self._cache.forget(-(-length // BLOCK))
 
     def align_rows(self, alignment: int | None) -> None:
         """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all.
@@ -145,8 +149,9 @@ class OpenVinoModel:
         self._embeddings.close()
         # The request points into what is held, and the model into the mapped weights: they go first.
         self._request = self._compiled = None
+        self._weights = None
         self._held.clear()
-        self._mapped = np.empty(0, np.uint8)
+        self._cache = BlockCache(0, (0,))
 
     def _require_open(self) -> None:
         if self._request is None:
@@ -161,11 +166,14 @@ class OpenVinoModel:
         return self._embeddings.dequantize(EMBEDDING, ids)
 
     def _set_cache(self) -> None:
-        """Allocate the blocks of each layer's keys and values; untouched pages cost nothing yet."""
-        shape = (-(-self._capacity // BLOCK), self._spec.n_kv_heads, BLOCK, self._spec.head_dim)
-        for layer in range(self._spec.n_layer):
+        """Give the request the blocks of each layer's keys and values."""
+        spec = self._spec
+        shape = (-(-self._capacity // BLOCK), spec.n_kv_heads, BLOCK, spec.head_dim)
+        self._cache = BlockCache(2 * spec.n_layer, shape)
+        arrays = iter(self._cache.arrays)
+        for layer in range(spec.n_layer):
             for kind in ("key", "value"):
-                self._set(f"{kind}_cache.{layer}", np.zeros(shape, np.float32))
+                self._set(f"{kind}_cache.{layer}", next(arrays))
 
     def _set(self, name: str, array: NDArray[Any]) -> None:
         self._held[name] = array

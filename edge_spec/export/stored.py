@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,9 +31,19 @@ def read_weights(export: Export) -> Weights:
         raise ModelFormatError(f"{export.model_file} is not an export's graph: {exc!r}; export it again") from exc
 
 
-def map_weights(export: Export) -> NDArray[np.uint8]:
-    """The weights file, mapped read-only."""
-    return np.memmap(export.weights_file, np.uint8, mode="r")
+def map_weights(export: Export) -> mmap.mmap:
+    """The weights file, mapped read-only; ModelFormatError if it cannot be."""
+    try:
+        with export.weights_file.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as exc:
+        raise ModelFormatError(f"{export.weights_file} cannot be mapped: {exc}") from exc
+
+
+def give_back(pages: mmap.mmap) -> None:
+    """Let the system drop the pages of a mapped file that were read; they come back from it if needed again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _weights(graph: onnx.GraphProto) -> Weights:
@@ -58,4 +69,6 @@ def _weights(graph: onnx.GraphProto) -> Weights:
         matrices.setdefault(stem if part.isdecimal() else name, []).append(
             StoredMatrix(size["N"], size["K"], size["bits"], size["block_size"], spans[packed], spans[scales])
         )
+    if "output" not in matrices:
+        raise ValueError("it makes no logits")
     return Weights(matrices, vectors)
