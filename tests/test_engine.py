@@ -266,7 +266,7 @@ def test_a_padded_tail_does_not_matter(models: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"backend": "cuda"}, "onnx, llama"),
+        ({"backend": "cuda"}, "onnx, openvino, llama"),
         ({"drafter": "magic"}, "none, lookup, model, auto"),
         ({"drafter": "model"}, "needs a draft model"),
         ({"drafter": "none", "draft": "draft.gguf"}, "no use for a draft"),

@@ -84,10 +84,13 @@ class OpenVinoModel:
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = ov.Core().compile_model(model, "CPU", settings)
             self._request: Any = self._compiled.create_infer_request()
-        give_back(self._weights)  # the plugin has copies in an order of its own
         self._ov = ov
         self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
         self._set_cache()
+        # The first pass copies the weights into an order of the plugin's own, and is done with the file.
+        self.decode([0], rows=0)
+        self.rollback(0)
+        give_back(self._weights)
 
     @property
     def spec(self) -> ModelSpec:

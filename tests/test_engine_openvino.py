@@ -1,0 +1,80 @@
+"""The engine on the openvino backend: the same promises, and an answer that says where it comes from."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_spec import Engine
+from edge_spec.errors import BackendError, BackendUnavailableError
+from tests.tiny_models import write_tiny_gguf
+
+PROMPTS = ("def merge", "list of the list of the list", "Is it sorted? Is it in order?", "ä é 日 🙂")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_gguf(folder / "target.gguf", n_vocab=512)
+    shutil.copy(folder / "target.gguf", folder / "draft.gguf")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _home(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_SPEC_HOME", str(models / "home"))
+
+
+@pytest.fixture(scope="module")
+def engine(models: Path) -> Iterator[Engine]:
+    pytest.importorskip("openvino")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_SPEC_HOME", str(models / "home"))
+        with Engine.load(
+            target=models / "target.gguf",
+            draft=models / "draft.gguf",
+            backend="openvino",
+            recipe="int8",
+            threads=1,
+        ) as loaded:
+            yield loaded
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_text_is_the_same_for_every_drafter(engine: Engine, prompt: str) -> None:
+    plain = engine.generate(prompt, max_tokens=40, drafter="none")
+    for drafter in ("lookup", "model", "auto"):
+        result = engine.generate(prompt, max_tokens=40, drafter=drafter)
+        assert result.token_ids == plain.token_ids, drafter
+        assert result.text == plain.text
+
+
+def test_the_result_names_the_backend(engine: Engine) -> None:
+    result = engine.generate("def merge", max_tokens=4)
+    assert (result.backend, result.recipe) == ("openvino", "int8")
+    assert not any("not padded" in note for note in result.notes)
+
+
+def test_without_the_library_the_error_has_the_command_that_installs_it(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendUnavailableError, match=r"pip install .*edge-spec\[openvino\]"):
+        Engine.load(target=models / "target.gguf", backend="openvino", threads=1)
+
+
+def test_what_the_library_raises_becomes_our_error(
+    engine: Engine, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = pytest.importorskip("openvino")
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(openvino.Core, "compile_model", refuse)
+    with pytest.raises(BackendError, match=r"loading target.*no such device"):
+        Engine.load(target=models / "target.gguf", backend="openvino", threads=1)
