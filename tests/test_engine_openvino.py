@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from edge_spec import Engine
 from edge_spec.errors import BackendError, BackendUnavailableError
+from edge_spec.export import RECIPES, export_model
 from tests.tiny_models import write_tiny_gguf
 
 PROMPTS = ("def merge", "list of the list of the list", "Is it sorted? Is it in order?", "ä é 日 🙂")
@@ -78,3 +80,26 @@ def test_what_the_library_raises_becomes_our_error(
     monkeypatch.setattr(openvino.Core, "compile_model", refuse)
     with pytest.raises(BackendError, match=r"loading target.*no such device"):
         Engine.load(target=models / "target.gguf", backend="openvino", threads=1)
+
+
+def test_a_signal_after_models_were_closed_is_only_a_signal(models: Path, tmp_path: Path) -> None:
+    """With an alternative stack for signals in place, as under `python -X faulthandler`."""
+    pytest.importorskip("openvino")
+    export = export_model(models / "target.gguf", RECIPES["int4"], tmp_path / "out", sha256="0" * 64, threads=1)
+    script = f"""
+import gc, signal
+from pathlib import Path
+from edge_spec.backends.openvino import OpenVinoModel
+from edge_spec.export import open_export
+export = open_export(Path({str(export.path)!r}))
+models = [OpenVinoModel(export, name="tiny", n_ctx=64, threads=1) for _ in range(2)]
+while models:
+    models.pop(0).close()
+    gc.collect()
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGINT)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (0, "handled\n"), ran.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class OpenVinoModel:
         }
         with _translated(ov, f"loading {name}"):
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
-            self._compiled: Any = ov.Core().compile_model(model, "CPU", settings)
+            self._compiled: Any = _core().compile_model(model, "CPU", settings)
             self._request: Any = self._compiled.create_infer_request()
         self._ov = ov
         self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
@@ -185,6 +186,16 @@ class OpenVinoModel:
 
 def _smallest_block(weights: Weights) -> int:
     return min(part.block for parts in weights.matrices.values() for part in parts)
+
+
+@cache
+def _core() -> Any:
+    """The process's one runtime. Its plugin gives the thread a stack for signals, and takes it back when it goes: of
+    two runtimes, the one that goes last restores what the first has freed, and the next signal ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _library() -> Any:
