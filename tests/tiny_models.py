@@ -6,6 +6,7 @@ same file (llama.cpp and ours) can be compared.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,27 @@ _WORDS = (
     " sorted", "    ", "\n\n", " for", " if", " else", "ä", "é", " 日",
 )  # fmt: skip
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+
+_YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 128,
+    "rope.scaling.yarn_beta_fast": 16.0,
+    "rope.scaling.yarn_log_multiplier": 0.5,
+}
+_WINDOWS = {"attention.sliding_window": 8, "attention.sliding_window_pattern": 2}
+PECULIARITIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral3": _YARN | {"attention.temperature_scale": 0.1},
+    "smollm3": {},
+    "qwen2": {},
+    "qwen3": {"qk_norm": True},
+    "phi3": {"fused": True, "attention.sliding_window": 0},
+    "gemma2": _WINDOWS | {"post_norms": True, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+    "gemma3": _WINDOWS | {"post_norms": True, "qk_norm": True, "rope.freq_base": 1e6, "rope.scaling.factor": 8.0},
+}
+"""Metadata keys (without the architecture), and which tensors there are, by architecture."""
+_PLAIN_KEYS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 Blocks = NDArray[np.uint8]
 
@@ -72,20 +94,22 @@ def write_tiny_gguf(
     seed: int = 0,
     **overrides: Any,
 ) -> Path:
-    """Write a model of architecture `llama` (rotary pairs adjacent) or `qwen2` (rotary halves, q/k/v biases).
+    """Write a model of one of the architectures in `PECULIARITIES`; qwen2 has query, key and value biases.
 
+    Windows are of 8 tokens in every other layer, and soft caps small enough to matter, where an architecture has them.
     `tensor_type` is F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K or Q6_K, for every matrix; `tensor_types`
     makes exceptions by part of a tensor's name (`{"ffn_down": "Q6_K"}`). Norms and biases are F32, as everywhere.
     The same arguments write the same bytes. `overrides` sets metadata keys (`**{"general.name": "x"}`), None drops one.
     """
     import gguf
 
-    assert architecture in {"llama", "qwen2"}
+    peculiar = PECULIARITIES[architecture]
+    head_dim = overrides.get(f"{architecture}.attention.key_length", hidden // n_head)
     rng = np.random.default_rng(seed)
     tokens, types, merges = tiny_vocabulary(n_vocab)
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {
-        "general.name": f"tiny {architecture}",
+        "general.name": "tiny",  # llama.cpp gives names with phi3 in them a vocabulary of their own
         f"{architecture}.block_count": n_layer,
         f"{architecture}.context_length": n_ctx,
         f"{architecture}.embedding_length": hidden,
@@ -94,7 +118,7 @@ def write_tiny_gguf(
         f"{architecture}.attention.head_count_kv": n_kv_head,
         f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
         f"{architecture}.rope.freq_base": 10000.0,
-        f"{architecture}.rope.dimension_count": hidden // n_head,
+        f"{architecture}.rope.dimension_count": head_dim,
         f"{architecture}.vocab_size": len(tokens),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2" if architecture == "qwen2" else "smollm",
@@ -106,7 +130,7 @@ def write_tiny_gguf(
         "tokenizer.ggml.padding_token_id": tokens.index("<|endoftext|>"),
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": CHAT_TEMPLATE,
-    }
+    } | {f"{architecture}.{key}": value for key, value in peculiar.items() if "." in key or key in _PLAIN_KEYS}
     for key, value in (metadata | overrides).items():
         if key != "general.architecture" and value is not None:
             writer.add_key_value(key, value, *_value_type(value))
@@ -116,11 +140,13 @@ def write_tiny_gguf(
         n_vocab=len(tokens),
         n_layer=n_layer,
         hidden=hidden,
-        n_head=n_head,
-        n_kv_head=n_kv_head,
+        queries=n_head * head_dim,
+        keys=n_kv_head * head_dim,
         ff=ff,
         tied=tied,
     )
+    if peculiar.get("qk_norm"):
+        shapes = itertools.chain(shapes, _head_norms(n_layer, head_dim))
     for name, shape in shapes:
         if len(shape) == 1:
             values = rng.normal(1.0 if "norm" in name else 0.0, 0.1, shape).astype(np.float32)
@@ -149,26 +175,39 @@ def _value_type(value: Any) -> tuple[Any, Any]:
 
 
 def _tensor_shapes(
-    architecture: str, *, n_vocab: int, n_layer: int, hidden: int, n_head: int, n_kv_head: int, ff: int, tied: bool
+    architecture: str, *, n_vocab: int, n_layer: int, hidden: int, queries: int, keys: int, ff: int, tied: bool
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and NumPy shapes ([out, in] for matrices) in file order."""
-    kv = hidden // n_head * n_kv_head
+    peculiar = PECULIARITIES[architecture]
+    inputs = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
+    gated = {"ffn_gate": ff, "ffn_up": ff}
+    if peculiar.get("fused"):
+        inputs, gated = {"attn_qkv": queries + 2 * keys}, {"ffn_up": 2 * ff}
     yield "token_embd.weight", (n_vocab, hidden)
     for layer in range(n_layer):
         block = f"blk.{layer}"
         yield f"{block}.attn_norm.weight", (hidden,)
-        for part, rows in (("q", hidden), ("k", kv), ("v", kv)):
-            yield f"{block}.attn_{part}.weight", (rows, hidden)
+        for part, rows in inputs.items():
+            yield f"{block}.{part}.weight", (rows, hidden)
             if architecture == "qwen2":
-                yield f"{block}.attn_{part}.bias", (rows,)
-        yield f"{block}.attn_output.weight", (hidden, hidden)
+                yield f"{block}.{part}.bias", (rows,)
+        yield f"{block}.attn_output.weight", (hidden, queries)
         yield f"{block}.ffn_norm.weight", (hidden,)
-        yield f"{block}.ffn_gate.weight", (ff, hidden)
-        yield f"{block}.ffn_up.weight", (ff, hidden)
+        for part, rows in gated.items():
+            yield f"{block}.{part}.weight", (rows, hidden)
         yield f"{block}.ffn_down.weight", (hidden, ff)
+        if peculiar.get("post_norms"):
+            yield f"{block}.post_attention_norm.weight", (hidden,)
+            yield f"{block}.post_ffw_norm.weight", (hidden,)
     yield "output_norm.weight", (hidden,)
     if not tied:
         yield "output.weight", (n_vocab, hidden)
+
+
+def _head_norms(n_layer: int, head_dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for layer in range(n_layer):
+        yield f"blk.{layer}.attn_q_norm.weight", (head_dim,)
+        yield f"blk.{layer}.attn_k_norm.weight", (head_dim,)
 
 
 def _add_matrix(

@@ -38,6 +38,8 @@ class OnnxModel:
         import onnxruntime as ort
 
         config = export.config
+        if n_ctx > config.n_ctx_train:
+            raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_train} tokens")
         self._padding = 1
         self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
         max_rows = _round_up(max_rows, MAX_ALIGNMENT)
@@ -139,9 +141,8 @@ class OnnxModel:
 
     def _bind_constants(self, export: Export) -> None:
         """Bind the rotary tables and, each both as past and as present, the cache."""
-        cos, sin = export.config.rope_tables(self._capacity)
-        self._bind("cos", cos)
-        self._bind("sin", sin)
+        for name, table in export.config.rope_inputs(self._capacity, self._spec.n_ctx).items():
+            self._bind(name, table)
         shape = (1, self._spec.n_kv_heads, self._capacity, self._spec.head_dim)
         for layer in range(self._spec.n_layer):
             for kind in ("key", "value"):

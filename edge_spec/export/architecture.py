@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError
-from edge_spec.formats.gguf import GGUFFile
-
-SUPPORTED = ("llama", "qwen2")
-"""GGUF architectures that the exporter builds (llama includes Mistral and SmolLM2)."""
+from edge_spec.export.rope import ROPE_TENSORS, read_rope_scaling
+from edge_spec.export.traits import SUPPORTED, TRAITS, Traits
+from edge_spec.formats.gguf import GGUFArray, GGUFFile
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A decoder of RMS norms, rotary grouped-query attention and a gated SiLU feed-forward network."""
+    """A decoder's numbers; what its architecture implies is in `traits`."""
 
     architecture: str
     n_layer: int
@@ -36,6 +37,30 @@ class DecoderConfig:
     """Divides each pair's frequency (Llama 3's long-context scaling, linear scaling)."""
     tied: bool
     """Whether the output head is the embedding table."""
+    rope_long_factors: tuple[float, ...] | None = None
+    """`rope_factors` of a cache of more than `rope_short_ctx` tokens."""
+    rope_short_ctx: int = 0
+    rope_magnitude: float = 1.0
+    """Multiplies cosines and sines."""
+    rope_local_base: float = 0.0
+    """Base, without factors, in windowed layers; 0: they rotate as the others do."""
+    attention_scale: float = 0.0
+    """Multiplies scores; 0: one over the square root of the heads' width."""
+    attention_softcap: float = 0.0
+    """Scores s become cap · tanh(s / cap); 0: they stay."""
+    logit_softcap: float = 0.0
+    windows: tuple[int, ...] = ()
+    """Tokens that each layer sees, the newest included; 0 or no entry: all of them."""
+
+    @property
+    def traits(self) -> Traits:
+        """What the architecture implies."""
+        return TRAITS[self.architecture]
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by."""
+        return math.sqrt(self.hidden) if self.traits.scaled_embedding else 1.0
 
     @property
     def qkv_rows(self) -> int:
@@ -47,25 +72,50 @@ class DecoderConfig:
         """Name of the tensor that makes logits."""
         return "token_embd.weight" if self.tied else "output.weight"
 
-    def rope_tables(self, n_ctx: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Cosines and sines, float32 [n_ctx, rope_dim/2] (rotary embedding, arXiv 2104.09864)."""
-        frequencies = self.rope_base ** (-np.arange(0, self.rope_dim, 2, dtype=np.float64) / self.rope_dim)
-        if self.rope_factors is not None:
-            frequencies = frequencies / np.asarray(self.rope_factors, dtype=np.float64)
-        angles = np.outer(np.arange(n_ctx, dtype=np.float64), frequencies)
-        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    def window(self, layer: int) -> int:
+        """Tokens that a layer sees; 0: all of them."""
+        return self.windows[layer] if self.windows else 0
+
+    def rope_of(self, layer: int) -> tuple[str, str] | None:
+        """The names of the rotary tables of a layer among `rope_inputs`, None if it does not rotate."""
+        every = self.traits.unrotated_every
+        if every and (layer + 1) % every == 0:
+            return None
+        return ("cos.local", "sin.local") if self.rope_local_base and self.window(layer) else ("cos", "sin")
+
+    def rope_inputs(self, rows: int, n_ctx: int) -> dict[str, NDArray[np.float32]]:
+        """The graph's rotary tables of `rows` positions, float32 [rows, rope_dim/2], for a cache of `n_ctx` tokens."""
+        used = {name for layer in range(self.n_layer) for name in self.rope_of(layer) or ()}
+        long = self.rope_long_factors is not None and n_ctx > self.rope_short_ctx
+        factors = self.rope_long_factors if long else self.rope_factors
+        tables = dict(zip(("cos", "sin"), self._rope_tables(rows, self.rope_base, factors), strict=True))
+        if self.rope_local_base:
+            local = self._rope_tables(rows, self.rope_local_base, None)
+            tables |= dict(zip(("cos.local", "sin.local"), local, strict=True))
+        return {name: table for name, table in tables.items() if name in used}
+
+    def _rope_tables(
+        self, rows: int, base: float, factors: tuple[float, ...] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Cosines and sines (rotary embedding, arXiv 2104.09864)."""
+        frequencies = base ** (-np.arange(0, self.rope_dim, 2, dtype=np.float64) / self.rope_dim)
+        if factors is not None:
+            frequencies = frequencies / np.asarray(factors, dtype=np.float64)
+        angles = np.outer(np.arange(rows, dtype=np.float64), frequencies)
+        cos, sin = np.cos(angles) * self.rope_magnitude, np.sin(angles) * self.rope_magnitude
+        return cos.astype(np.float32), sin.astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the export's metadata."""
-        return asdict(self)
+        """Plain values for the export's metadata, without those that are as in most decoders."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> DecoderConfig:
         """The inverse of `to_json`; ModelFormatError if fields are missing or unknown."""
         try:
-            factors = values["rope_factors"]
-            return cls(**{**values, "rope_factors": None if factors is None else tuple(factors)})
-        except (KeyError, TypeError) as exc:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        except TypeError as exc:
             raise ModelFormatError(f"the export's decoder description is not complete: {exc}") from exc
 
 
@@ -92,23 +142,36 @@ def read_config(gguf: GGUFFile) -> DecoderConfig:
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelFormatError(f"{gguf.path}: no matrix token_embd.weight")
+    traits = TRAITS[architecture]
+    n_layer = gguf.hparam_int("block_count")
     rope_dim = gguf.hparam_int("rope.dimension_count", head_dim)
+    rope_base = gguf.hparam_float("rope.freq_base", 10000.0)
+    rope = read_rope_scaling(gguf, dim=rope_dim, base=rope_base)
+    windows = _windows(gguf, traits, n_layer)
     config = DecoderConfig(
         architecture=architecture,
-        n_layer=gguf.hparam_int("block_count"),
+        n_layer=n_layer,
         hidden=hidden,
         n_head=n_head,
         n_kv_head=gguf.hparam_int("attention.head_count_kv", n_head),
         head_dim=head_dim,
         n_ff=gguf.hparam_int("feed_forward_length"),
         n_vocab=embedding.shape[0],
-        n_ctx_train=gguf.hparam_int("context_length"),
+        n_ctx_train=_longest_context(gguf),
         rms_epsilon=gguf.hparam_float("attention.layer_norm_rms_epsilon"),
-        rope_base=gguf.hparam_float("rope.freq_base", 10000.0),
+        rope_base=rope_base,
         rope_dim=rope_dim,
-        rope_interleaved=architecture == "llama",
-        rope_factors=_rope_factors(gguf, rope_dim),
+        rope_interleaved=traits.rope_interleaved,
+        rope_factors=rope.factors,
         tied="output.weight" not in gguf.tensors,
+        rope_long_factors=rope.long_factors,
+        rope_short_ctx=rope.short_ctx,
+        rope_magnitude=rope.magnitude,
+        rope_local_base=_local_base(gguf, traits, rope_base) if windows else 0.0,
+        attention_scale=(hidden // n_head) ** -0.5 if n_layer == traits.coarse_scale_layers else 0.0,
+        attention_softcap=_softcap(gguf, "attn_logit_softcapping", traits.attention_softcap),
+        logit_softcap=_softcap(gguf, "final_logit_softcapping", traits.logit_softcap),
+        windows=windows,
     )
     _check_sizes(gguf, config)
     _check_tensors(gguf, config)
@@ -118,26 +181,31 @@ def read_config(gguf: GGUFFile) -> DecoderConfig:
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that the decoder cannot do without, by its GGUF name."""
     queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    hidden, n_ff, traits = config.hidden, config.n_ff, config.traits
+    parts: dict[str, tuple[int, ...]] = {"attn_norm": (hidden,)}
+    if traits.fused_inputs:
+        parts |= {"attn_qkv": (config.qkv_rows, hidden)}
+    else:
+        parts |= {"attn_q": (queries, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden)}
+    if traits.qk_norm:
+        parts |= {"attn_q_norm": (config.head_dim,), "attn_k_norm": (config.head_dim,)}
+    parts |= {"attn_output": (hidden, queries), "ffn_norm": (hidden,)}
+    parts |= {"ffn_up": (2 * n_ff, hidden)} if traits.fused_inputs else {name: (n_ff, hidden) for name in _GATED}
+    parts |= {"ffn_down": (hidden, n_ff)}
+    if traits.post_norms:
+        parts |= {"post_attention_norm": (hidden,), "post_ffw_norm": (hidden,)}
     shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (config.n_vocab, config.hidden),
-        "output_norm.weight": (config.hidden,),
+        "token_embd.weight": (config.n_vocab, hidden),
+        "output_norm.weight": (hidden,),
     }
     if not config.tied:
-        shapes["output.weight"] = (config.n_vocab, config.hidden)
+        shapes["output.weight"] = (config.n_vocab, hidden)
     for layer in range(config.n_layer):
-        block = f"blk.{layer}."
-        shapes |= {
-            block + "attn_norm.weight": (config.hidden,),
-            block + "attn_q.weight": (queries, config.hidden),
-            block + "attn_k.weight": (keys, config.hidden),
-            block + "attn_v.weight": (keys, config.hidden),
-            block + "attn_output.weight": (config.hidden, queries),
-            block + "ffn_norm.weight": (config.hidden,),
-            block + "ffn_gate.weight": (config.n_ff, config.hidden),
-            block + "ffn_up.weight": (config.n_ff, config.hidden),
-            block + "ffn_down.weight": (config.hidden, config.n_ff),
-        }
+        shapes |= {f"blk.{layer}.{part}.weight": shape for part, shape in parts.items()}
     return shapes
+
+
+_GATED = ("ffn_gate", "ffn_up")
 
 
 def bias_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -167,7 +235,7 @@ def _check_tensors(gguf: GGUFFile, config: DecoderConfig) -> None:
         if gguf.tensors[name].shape != shape:
             raise ModelFormatError(f"{gguf.path}: {name} has the shape {gguf.tensors[name].shape}, not {shape}")
     for name, tensor in gguf.tensors.items():
-        if name in required or name == "rope_freqs.weight":
+        if name in required or name in ROPE_TENSORS:
             continue
         if name not in optional:
             raise UnsupportedArchitectureError(f"{gguf.path.name}: the exporter has no use for the tensor {name}")
@@ -175,14 +243,37 @@ def _check_tensors(gguf: GGUFFile, config: DecoderConfig) -> None:
             raise ModelFormatError(f"{gguf.path}: {name} has the shape {tensor.shape}, not {optional[name]}")
 
 
-def _rope_factors(gguf: GGUFFile, rope_dim: int) -> tuple[float, ...] | None:
-    scaling = gguf.hparam_str("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise UnsupportedArchitectureError(f"{gguf.path.name}: rope scaling {scaling!r}; the exporter knows linear")
-    factor = gguf.hparam_float("rope.scaling.factor", gguf.hparam_float("rope.scale_linear", 1.0))
-    if "rope_freqs.weight" in gguf.tensors:
-        table = gguf.dequantize("rope_freqs.weight").reshape(-1)
-        if table.shape != (rope_dim // 2,) or not np.all(table > 0):
-            raise ModelFormatError(f"{gguf.path}: rope_freqs.weight does not fit {rope_dim} rotary dimensions")
-        return tuple(float(value) * factor for value in table)
-    return None if factor in (0.0, 1.0) else (factor,) * (rope_dim // 2)
+def _windows(gguf: GGUFFile, traits: Traits, n_layer: int) -> tuple[int, ...]:
+    """Each layer's window, empty if none has one. The pattern is one flag a layer, or every how many none has one."""
+    window = gguf.hparam_int("attention.sliding_window", traits.default_window)
+    if not traits.full_attention_every or window <= 0:
+        return ()
+    key = "attention.sliding_window_pattern"
+    if isinstance(gguf.metadata.get(gguf.hparam(key)), GGUFArray):
+        flags = gguf.get_array(gguf.hparam(key)).tolist()
+        if len(flags) < n_layer:
+            raise ModelFormatError(f"{gguf.path}: {key} is for {len(flags)} layers, not {n_layer}")
+    else:
+        every = gguf.hparam_int(key, traits.full_attention_every)
+        flags = [every <= 0 or (layer + 1) % every != 0 for layer in range(n_layer)]
+    return tuple(window if flag else 0 for flag in flags[:n_layer])
+
+
+def _local_base(gguf: GGUFFile, traits: Traits, base: float) -> float:
+    local = gguf.hparam_float("rope.freq_base_swa", traits.local_rope_base)
+    return 0.0 if local == base and not traits.local_rope_base else local
+
+
+def _softcap(gguf: GGUFFile, key: str, default: float) -> float:
+    cap = gguf.hparam_float(key, default)
+    if cap < 0:
+        raise ModelFormatError(f"{gguf.path}: {key} is {cap}, not a bound")
+    return cap
+
+
+def _longest_context(gguf: GGUFFile) -> int:
+    """Tokens that the graph is right for: attention of which the temperature rises begins to where it begins to."""
+    trained = gguf.hparam_int("context_length")
+    if gguf.hparam_float("attention.temperature_scale", 0.0) == 0:
+        return trained
+    return min(trained, gguf.hparam_int("rope.scaling.original_context_length", trained))

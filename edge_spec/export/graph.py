@@ -5,7 +5,8 @@ Inputs (S new tokens, R rows, C cached positions):
   rows                  int64   [R]                 which of the S positions get logits
   seqlens_k             int32   [1]                 length of the sequence after this pass, less one
   total_sequence_length int32   []                  that length
-  cos, sin              float32 [C, rope_dim/2]     rotary tables
+  cos, sin              float32 [C, rope_dim/2]     rotary tables, and cos.local, sin.local where windowed layers
+                                                    have others
   past_key.L, past_value.L   float32 [1, n_kv_head, C, head_dim]
 Outputs:
   logits                float32 [1, R, n_vocab]
@@ -79,9 +80,9 @@ class _Builder:
     def build(self) -> onnx.ModelProto:
         onnx, config = self.onnx, self.config
         for name, vector in self.weights.vectors.items():
-            self.initializers.append(onnx.numpy_helper.from_array(vector, name))
+            self.constant(name, vector)
         # `residual` runs through the layers; each norm adds the branch before it and hands the sum on.
-        residual, branch = "embeddings", None
+        residual, branch = self.scale("embeddings", config.embedding_scale), None
         for layer in range(config.n_layer):
             block = f"blk.{layer}."
             normed, residual = self.norm(block + "attn_norm", residual, branch)
@@ -89,11 +90,11 @@ class _Builder:
             if layer == config.n_layer - 1:
                 branch = self.op("Gather", [branch, "rows"], block + "attention_rows", axis=1)
                 residual = self.op("Gather", [residual, "rows"], block + "residual_rows", axis=1)
-            branch = self.project(block + "attn_output", branch)
+            branch = self.post_norm(block + "post_attention_norm", self.project(block + "attn_output", branch))
             normed, residual = self.norm(block + "ffn_norm", residual, branch)
-            branch = self.feed_forward(block, normed)
+            branch = self.post_norm(block + "post_ffw_norm", self.feed_forward(block, normed))
         normed, _ = self.norm("output_norm", residual, branch)
-        self.project("output", normed, output="logits")
+        self.logits(normed)
         graph = onnx.helper.make_graph(
             self.nodes, config.architecture, self.inputs(), self.outputs(), initializer=self.initializers
         )
@@ -103,28 +104,77 @@ class _Builder:
     def attention(self, layer: int, normed: str) -> str:
         config, block = self.config, f"blk.{layer}."
         qkv = self.project(block + "attn_qkv", normed)
+        sources = self.normed_heads(block, qkv) if config.traits.qk_norm else [qkv, "", ""]
         past = [f"past_key.{layer}", f"past_value.{layer}"]
-        inputs = [qkv, "", "", *past, "seqlens_k", "total_sequence_length", "cos", "sin"]
-        rotary = {"rotary_embedding_dim": config.rope_dim} if config.rope_dim != config.head_dim else {}
+        tables = config.rope_of(layer)
+        optional = {
+            "scale": config.attention_scale,
+            "softcap": config.attention_softcap,
+            "local_window_size": config.window(layer),
+        }
         return self.op(
             "GroupQueryAttention",
-            inputs,
+            [*sources, *past, "seqlens_k", "total_sequence_length", *(tables or ())],
             block + "attention",
             more_outputs=[f"key.{layer}", f"value.{layer}"],
             domain=MS,
             num_heads=config.n_head,
             kv_num_heads=config.n_kv_head,
-            do_rotary=1,
+            do_rotary=int(tables is not None),
             rotary_interleaved=int(config.rope_interleaved),
-            **rotary,
+            **{name: value for name, value in optional.items() if value},
         )
 
+    def normed_heads(self, block: str, qkv: str) -> list[str]:
+        """Queries and keys, each head normed, and values, out of their one product."""
+        config = self.config
+        heads = {"q": config.n_head, "k": config.n_kv_head, "v": config.n_kv_head}
+        sizes = self.constant(block + "qkv_sizes", np.array([n * config.head_dim for n in heads.values()], np.int64))
+        query, key, value = (f"{block}attn_{part}" for part in heads)
+        self.op("Split", [qkv, sizes], query, [key, value], axis=-1)
+        return [self.normed_head(query, heads["q"]), self.normed_head(key, heads["k"]), value]
+
+    def normed_head(self, name: str, n_head: int) -> str:
+        shapes = {"apart": [1, -1, n_head, self.config.head_dim], "joined": [1, -1, n_head * self.config.head_dim]}
+        apart, joined = (self.constant(f"{name}.{kind}_shape", np.array(s, np.int64)) for kind, s in shapes.items())
+        normed, _ = self.norm(f"{name}_norm", self.op("Reshape", [name, apart], f"{name}.apart"), None)
+        return self.op("Reshape", [normed, joined], f"{name}.joined")
+
     def feed_forward(self, block: str, normed: str) -> str:
-        gate = self.project(block + "ffn_gate", normed)
-        up = self.project(block + "ffn_up", normed)
+        if self.config.traits.fused_inputs:
+            both = self.project(block + "ffn_up", normed)
+            gate, up = block + "ffn_gate", block + "ffn_up.half"
+            self.op("Split", [both], gate, [up], axis=-1, num_outputs=2)
+        else:
+            gate = self.project(block + "ffn_gate", normed)
+            up = self.project(block + "ffn_up", normed)
+        return self.project(
+            block + "ffn_down", self.op("Mul", [self.activate(block, gate), up], block + "ffn_gated")
+        )
+
+    def activate(self, block: str, gate: str) -> str:
+        if self.config.traits.activation == "gelu_tanh":
+            return self.op("FastGelu", [gate], block + "ffn_gelu", domain=MS)
         sigmoid = self.op("Sigmoid", [gate], block + "ffn_sigmoid")
-        silu = self.op("Mul", [gate, sigmoid], block + "ffn_silu")
-        return self.project(block + "ffn_down", self.op("Mul", [silu, up], block + "ffn_gated"))
+        return self.op("Mul", [gate, sigmoid], block + "ffn_silu")
+
+    def logits(self, normed: str) -> str:
+        """The head, and the bound on its logits if there is one."""
+        cap = self.config.logit_softcap
+        if not cap:
+            return self.project("output", normed, output="logits")
+        bounded = self.op("Tanh", [self.scale(self.project("output", normed, output="uncapped"), 1 / cap)], "bounded")
+        return self.op("Mul", [bounded, self.constant("logit_softcap", np.array(cap, np.float32))], "logits")
+
+    def scale(self, x: str, factor: float) -> str:
+        """x times a number."""
+        if factor == 1:
+            return x
+        return self.op("Mul", [x, self.constant(f"{x}.scale", np.array(factor, np.float32))], f"{x}.scaled")
+
+    def post_norm(self, name: str, branch: str) -> str:
+        """RMS norm of a branch before it joins the residual stream, in architectures that have it."""
+        return self.norm(name, branch, None)[0] if self.config.traits.post_norms else branch
 
     def norm(self, name: str, residual: str, branch: str | None) -> tuple[str, str]:
         """RMS norm of residual + branch; returns the normed value and the sum."""
@@ -168,6 +218,11 @@ class _Builder:
             accuracy_level=4,  # int8 activations: the integer dot products that make several rows cheap
         )
 
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        """A small array inside the graph."""
+        self.initializers.append(self.onnx.numpy_helper.from_array(value, name))
+        return name
+
     def store(self, name: str, kind: int, shape: Sequence[int], span: Span) -> None:
         """Declare an initializer whose bytes lie in the weights file."""
         tensor = self.onnx.TensorProto(name=name, data_type=kind, dims=shape)
@@ -195,13 +250,13 @@ class _Builder:
         config, value = self.config, self.value
         f32, i32, i64 = (getattr(self.onnx.TensorProto, kind) for kind in ("FLOAT", "INT32", "INT64"))
         table: list[int | str] = ["n_ctx", config.rope_dim // 2]
+        tables = dict.fromkeys(name for layer in range(config.n_layer) for name in config.rope_of(layer) or ())
         return [
             value("embeddings", f32, [1, "tokens", config.hidden]),
             value("rows", i64, ["rows"]),
             value("seqlens_k", i32, [1]),
             value("total_sequence_length", i32, []),
-            value("cos", f32, table),
-            value("sin", f32, table),
+            *(value(name, f32, table) for name in sorted(tables)),
             *self.caches("past_key", "past_value"),
         ]
 

@@ -66,10 +66,11 @@ def plan_layout(gguf: GGUFFile, config: DecoderConfig, recipe: Recipe) -> Layout
 
 def _projections(gguf: GGUFFile, config: DecoderConfig) -> Iterator[tuple[str, list[TensorInfo]]]:
     """Names of the graph's projections with the source tensors of each."""
-    parts = {part for group in FUSED.values() for part in group}
+    fusable = {} if config.traits.fused_inputs else FUSED
+    parts = {part for group in fusable.values() for part in group}
     for layer in range(config.n_layer):
         block = f"blk.{layer}."
-        for fused, names in FUSED.items():
+        for fused, names in fusable.items():
             yield block + fused, [gguf.tensors[f"{block}{name}.weight"] for name in names]
         for name, shape in tensor_shapes(config).items():
             stem = name.removeprefix(block).removesuffix(".weight")
