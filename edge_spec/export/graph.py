@@ -8,7 +8,8 @@ Inputs (S new tokens, R rows, C cached positions):
   cos, sin              float32 [C, rope_dim/2]     rotary tables
   past_key.L, past_value.L   float32 [1, n_kv_head, C, head_dim]
 Outputs:
-  logits                float32 [1, R, n_vocab]
+  logits                float32 [1, R, rows of the head]
+  hidden                float32 [1, R, hidden]      what the head is applied to; only where the head is trimmed
   key.L, value.L        as past_*; bound to the same memory, so that the cache is written in place
 
 The last layer works on the R rows alone once its attention is done: nothing later needs the others.
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import onnx
 
 MS = "com.microsoft"
+HEAD = "output"
+"""The projection that makes logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class _Builder:
         self.weights_file = weights_file
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.head_rows = sum(part.n_rows for part in weights.matrices[HEAD])
+        self.trimmed = self.head_rows < config.n_vocab
 
     def build(self) -> onnx.ModelProto:
         onnx, config = self.onnx, self.config
@@ -93,7 +98,9 @@ class _Builder:
             normed, residual = self.norm(block + "ffn_norm", residual, branch)
             branch = self.feed_forward(block, normed)
         normed, _ = self.norm("output_norm", residual, branch)
-        self.project("output", normed, output="logits")
+        self.project(HEAD, normed, output="logits")
+        if self.trimmed:
+            self.op("Identity", [normed], "hidden")
         graph = onnx.helper.make_graph(
             self.nodes, config.architecture, self.inputs(), self.outputs(), initializer=self.initializers
         )
@@ -206,8 +213,10 @@ class _Builder:
         ]
 
     def outputs(self) -> list[onnx.ValueInfoProto]:
-        logits = self.value("logits", self.onnx.TensorProto.FLOAT, [1, "rows", self.config.n_vocab])
-        return [logits, *self.caches("key", "value")]
+        f32 = self.onnx.TensorProto.FLOAT
+        logits = self.value("logits", f32, [1, "rows", self.head_rows])
+        hidden = [self.value("hidden", f32, [1, "rows", self.config.hidden])] if self.trimmed else []
+        return [logits, *hidden, *self.caches("key", "value")]
 
     def caches(self, *names: str) -> list[onnx.ValueInfoProto]:
         shape: list[int | str] = [1, self.config.n_kv_head, "n_ctx", self.config.head_dim]
