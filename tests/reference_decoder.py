@@ -23,12 +23,13 @@ def _forward(gguf: GGUFFile, tokens: list[int]) -> Array:
         return gguf.dequantize(name).astype(np.float64)
 
     def project(name: str, x: Array) -> Array:
-        y = x @ tensor(f"{name}.weight").T
+        y: Array = x @ tensor(f"{name}.weight").T
         return y + tensor(f"{name}.bias") if f"{name}.bias" in gguf.tensors else y
 
     def norm(name: str, x: Array) -> Array:
         epsilon = gguf.hparam_float("attention.layer_norm_rms_epsilon")
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * tensor(f"{name}.weight")
+        scale: Array = np.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
+        return x / scale * tensor(f"{name}.weight")
 
     n_head, n_kv_head = gguf.hparam_int("attention.head_count"), gguf.hparam_int("attention.head_count_kv")
     head_dim = gguf.hparam_int("embedding_length") // n_head

@@ -98,7 +98,8 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
 
 def test_the_scripted_engine_is_called_as_the_real_one_is() -> None:
     from edge_spec.conversation import Chat
-    from edge_spec.engine import Engine, EngineInfo
+    from edge_spec.engine import Engine
+    from edge_spec.generation import EngineInfo
 
     scripted = FakeEngine("a", "b", "c")
     with pytest.MonkeyPatch.context() as patch:

@@ -70,13 +70,13 @@ def write_tiny_gguf(
     n_ctx: int = 512,
     n_vocab: int | None = None,
     seed: int = 0,
-    **overrides: Any,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model of architecture `llama` (rotary pairs adjacent) or `qwen2` (rotary halves, q/k/v biases).
 
     `tensor_type` is F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K or Q6_K, for every matrix; `tensor_types`
     makes exceptions by part of a tensor's name (`{"ffn_down": "Q6_K"}`). Norms and biases are F32, as everywhere.
-    The same arguments write the same bytes. `overrides` sets metadata keys (`**{"general.name": "x"}`), None drops one.
+    The same arguments write the same bytes. `metadata` sets keys (`{"general.name": "x"}`), None drops one.
     """
     import gguf
 
@@ -84,7 +84,7 @@ def write_tiny_gguf(
     rng = np.random.default_rng(seed)
     tokens, types, merges = tiny_vocabulary(n_vocab)
     writer = gguf.GGUFWriter(path, architecture)
-    metadata = {
+    defaults = {
         "general.name": f"tiny {architecture}",
         f"{architecture}.block_count": n_layer,
         f"{architecture}.context_length": n_ctx,
@@ -107,7 +107,7 @@ def write_tiny_gguf(
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": CHAT_TEMPLATE,
     }
-    for key, value in (metadata | overrides).items():
+    for key, value in {**defaults, **(metadata or {})}.items():
         if key != "general.architecture" and value is not None:
             writer.add_key_value(key, value, *_value_type(value))
 
