@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -54,6 +55,11 @@ class TestWithLibrary:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
         return write_tiny_gguf(tmp_path / "tiny.gguf")
+
+    @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are text there")
+    def test_a_file_name_that_is_no_text_loads(self, path: Path) -> None:
+        odd = path.rename(Path(os.fsdecode(os.fsencode(path.parent) + b"/\xff.gguf")))
+        llama.load(odd, name="odd", n_ctx=16, threads=1).close()
 
     def test_a_missing_file_is_not_a_broken_one(self, tmp_path: Path) -> None:
         with pytest.raises(ModelNotFoundError, match="nowhere"):
