@@ -40,7 +40,7 @@ def run(*args: str, stdin: str | bytes = "") -> Transcript:
             main(args)
     finally:
         sys.stdin = keyboard
-    return Transcript(ended.value.code or 0, _written(out), _ANSI.sub("", _written(err)))
+    return Transcript(int(ended.value.code or 0), _written(out), _ANSI.sub("", _written(err)))
 
 
 def _written(stream: io.TextIOWrapper) -> str:

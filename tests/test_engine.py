@@ -251,7 +251,7 @@ def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(models: Path
 def test_a_draft_of_another_vocabulary_is_refused(models: Path, tmp_path: Path) -> None:
     tokens, _, _ = tiny_vocabulary()
     tokens[97], tokens[98] = tokens[98], tokens[97]
-    path = write_tiny_gguf(tmp_path / "swapped.gguf", **{"tokenizer.ggml.tokens": tokens})
+    path = write_tiny_gguf(tmp_path / "swapped.gguf", metadata={"tokenizer.ggml.tokens": tokens})
     with pytest.raises(VocabMismatchError, match="token 97 is"):
         Engine.load(target=models / "target.gguf", draft=path)
 
@@ -305,7 +305,7 @@ def test_an_export_loads_from_its_folder_alone(models: Path, engine: Engine, tmp
 
 def test_an_architecture_that_the_exporter_does_not_know_runs_on_llama_cpp_and_says_so(tmp_path: Path) -> None:
     # llama.cpp reads rope scaling that the exporter refuses.
-    path = write_tiny_gguf(tmp_path / "yarn.gguf", **{"llama.rope.scaling.type": "yarn"})
+    path = write_tiny_gguf(tmp_path / "yarn.gguf", metadata={"llama.rope.scaling.type": "yarn"})
     with Engine.load(target=path, drafter="lookup", threads=1) as engine:
         result = engine.generate("def", max_tokens=4)
     assert result.backend == "llama"
@@ -316,7 +316,7 @@ def test_an_unknown_architecture_without_llama_cpp_names_both_remedies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    path = write_tiny_gguf(tmp_path / "yarn.gguf", **{"llama.rope.scaling.type": "yarn"})
+    path = write_tiny_gguf(tmp_path / "yarn.gguf", metadata={"llama.rope.scaling.type": "yarn"})
     with pytest.raises(UnsupportedArchitectureError, match=r"edge-spec\[llama\].*known architecture"):
         Engine.load(target=path, drafter="none")
 
@@ -337,3 +337,8 @@ def test_the_package_imports_quickly_and_without_its_heavy_libraries() -> None:
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_target_never_loses_tokens_to_a_recipe_for_drafts(models: Path) -> None:
+    with pytest.raises(UsageError, match="for drafts, not for a target"):
+        Engine.load(target=models / "target.gguf", recipe="draft", drafter="none")

@@ -97,7 +97,7 @@ def test_logits_are_those_of_the_architecture(architecture: str, tied: bool, tmp
 
 def test_linear_rope_scaling_stretches_positions(tmp_path: Path) -> None:
     scaled = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    with GGUFFile(write_tiny_gguf(tmp_path / "tiny.gguf", **scaled)) as gguf:
+    with GGUFFile(write_tiny_gguf(tmp_path / "tiny.gguf", metadata=scaled)) as gguf:
         cos, sin = read_config(gguf).rope_inputs(9, 512).values()
     with GGUFFile(write_tiny_gguf(tmp_path / "plain.gguf")) as gguf:
         plain_cos, plain_sin = read_config(gguf).rope_inputs(3, 512).values()
@@ -156,7 +156,7 @@ def test_what_the_graph_cannot_express_is_refused_by_name(
 
 
 def _tiny_of(architecture: str, path: Path, change: dict[str, Any]) -> Path:
-    write_tiny_gguf(path, **change)
+    write_tiny_gguf(path, metadata=change)
     if architecture != "llama":
         path.write_bytes(path.read_bytes().replace(b"llama", architecture.encode(), 1))
     return path
@@ -177,7 +177,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed_before_anything_is_written(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
     with pytest.raises(StorageError, match="1 are free"):
         export_model(tiny, RECIPES["int4"], tmp_path / "out", sha256=SHA)
     assert list(tmp_path.iterdir()) == []

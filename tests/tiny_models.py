@@ -6,11 +6,10 @@ same file (llama.cpp and ours) can be compared.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,19 +32,33 @@ _YARN = {
     "rope.scaling.yarn_beta_fast": 16.0,
     "rope.scaling.yarn_log_multiplier": 0.5,
 }
+_LONG_ROPE = {"rope.scaling.original_context_length": 256, "rope.scaling.attn_factor": 1.2}
 _WINDOWS = {"attention.sliding_window": 8, "attention.sliding_window_pattern": 2}
-PECULIARITIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral3": _YARN | {"attention.temperature_scale": 0.1},
-    "smollm3": {},
-    "qwen2": {},
-    "qwen3": {"qk_norm": True},
-    "phi3": {"fused": True, "attention.sliding_window": 0},
-    "gemma2": _WINDOWS | {"post_norms": True, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
-    "gemma3": _WINDOWS | {"post_norms": True, "qk_norm": True, "rope.freq_base": 1e6, "rope.scaling.factor": 8.0},
+
+
+class Peculiar(NamedTuple):
+    """What an architecture's file has that a llama's has not."""
+
+    metadata: Mapping[str, Any] = {}
+    """Keys without the architecture's name."""
+    biases: bool = False
+    fused: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    rope_pairs: int = 0
+    """Length of the two tables that stretch the rotary embedding, if there are any."""
+
+
+PECULIARITIES = {
+    "llama": Peculiar(),
+    "mistral3": Peculiar(_YARN | {"attention.temperature_scale": 0.1}),
+    "smollm3": Peculiar(),
+    "qwen2": Peculiar(biases=True),
+    "qwen3": Peculiar(qk_norm=True),
+    "phi3": Peculiar(_LONG_ROPE | {"rope.dimension_count": 48}, fused=True, rope_pairs=24),
+    "gemma2": Peculiar(_WINDOWS | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}, post_norms=True),
+    "gemma3": Peculiar(_WINDOWS | {"rope.freq_base": 1e6, "rope.scaling.factor": 8.0}, qk_norm=True, post_norms=True),
 }
-"""Metadata keys (without the architecture), and which tensors there are, by architecture."""
-_PLAIN_KEYS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 Blocks = NDArray[np.uint8]
 
@@ -92,23 +105,23 @@ def write_tiny_gguf(
     n_ctx: int = 512,
     n_vocab: int | None = None,
     seed: int = 0,
-    **overrides: Any,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model of one of the architectures in `PECULIARITIES`; qwen2 has query, key and value biases.
+    """Write a model of one of the architectures in `PECULIARITIES`.
 
     Windows are of 8 tokens in every other layer, and soft caps small enough to matter, where an architecture has them.
     `tensor_type` is F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K or Q6_K, for every matrix; `tensor_types`
     makes exceptions by part of a tensor's name (`{"ffn_down": "Q6_K"}`). Norms and biases are F32, as everywhere.
-    The same arguments write the same bytes. `overrides` sets metadata keys (`**{"general.name": "x"}`), None drops one.
+    The same arguments write the same bytes. `metadata` sets keys (`{"general.name": "x"}`), None drops one.
     """
     import gguf
 
     peculiar = PECULIARITIES[architecture]
-    head_dim = overrides.get(f"{architecture}.attention.key_length", hidden // n_head)
+    head_dim = (metadata or {}).get(f"{architecture}.attention.key_length", hidden // n_head)
     rng = np.random.default_rng(seed)
     tokens, types, merges = tiny_vocabulary(n_vocab)
     writer = gguf.GGUFWriter(path, architecture)
-    metadata = {
+    defaults = {
         "general.name": "tiny",  # llama.cpp gives names with phi3 in them a vocabulary of their own
         f"{architecture}.block_count": n_layer,
         f"{architecture}.context_length": n_ctx,
@@ -130,27 +143,27 @@ def write_tiny_gguf(
         "tokenizer.ggml.padding_token_id": tokens.index("<|endoftext|>"),
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": CHAT_TEMPLATE,
-    } | {f"{architecture}.{key}": value for key, value in peculiar.items() if "." in key or key in _PLAIN_KEYS}
-    for key, value in (metadata | overrides).items():
+    }
+    defaults |= {f"{architecture}.{key}": value for key, value in peculiar.metadata.items()}
+    for key, value in {**defaults, **(metadata or {})}.items():
         if key != "general.architecture" and value is not None:
             writer.add_key_value(key, value, *_value_type(value))
 
     shapes = _tensor_shapes(
-        architecture,
+        peculiar,
         n_vocab=len(tokens),
         n_layer=n_layer,
         hidden=hidden,
-        queries=n_head * head_dim,
-        keys=n_kv_head * head_dim,
+        head_dim=head_dim,
+        n_head=n_head,
+        n_kv_head=n_kv_head,
         ff=ff,
         tied=tied,
     )
-    if peculiar.get("qk_norm"):
-        shapes = itertools.chain(shapes, _head_norms(n_layer, head_dim))
     for name, shape in shapes:
         if len(shape) == 1:
-            values = rng.normal(1.0 if "norm" in name else 0.0, 0.1, shape).astype(np.float32)
-            writer.add_tensor(name, values)
+            mean, std = (1.0, 0.1) if "norm" in name else (2.0, 0.2) if "rope" in name else (0.0, 0.1)
+            writer.add_tensor(name, rng.normal(mean, std, shape).astype(np.float32))
             continue
         # An embedding well below the layers' unit scale: logits must depend on the context, not on the last token.
         std = 0.1 if "embd" in name or name.startswith("output") else shape[1] ** -0.5
@@ -175,13 +188,22 @@ def _value_type(value: Any) -> tuple[Any, Any]:
 
 
 def _tensor_shapes(
-    architecture: str, *, n_vocab: int, n_layer: int, hidden: int, queries: int, keys: int, ff: int, tied: bool
+    peculiar: Peculiar,
+    *,
+    n_vocab: int,
+    n_layer: int,
+    hidden: int,
+    head_dim: int,
+    n_head: int,
+    n_kv_head: int,
+    ff: int,
+    tied: bool,
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and NumPy shapes ([out, in] for matrices) in file order."""
-    peculiar = PECULIARITIES[architecture]
+    queries, keys = n_head * head_dim, n_kv_head * head_dim
     inputs = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
     gated = {"ffn_gate": ff, "ffn_up": ff}
-    if peculiar.get("fused"):
+    if peculiar.fused:
         inputs, gated = {"attn_qkv": queries + 2 * keys}, {"ffn_up": 2 * ff}
     yield "token_embd.weight", (n_vocab, hidden)
     for layer in range(n_layer):
@@ -189,25 +211,25 @@ def _tensor_shapes(
         yield f"{block}.attn_norm.weight", (hidden,)
         for part, rows in inputs.items():
             yield f"{block}.{part}.weight", (rows, hidden)
-            if architecture == "qwen2":
+            if peculiar.biases:
                 yield f"{block}.{part}.bias", (rows,)
+        if peculiar.qk_norm:
+            yield f"{block}.attn_q_norm.weight", (head_dim,)
+            yield f"{block}.attn_k_norm.weight", (head_dim,)
         yield f"{block}.attn_output.weight", (hidden, queries)
         yield f"{block}.ffn_norm.weight", (hidden,)
         for part, rows in gated.items():
             yield f"{block}.{part}.weight", (rows, hidden)
         yield f"{block}.ffn_down.weight", (hidden, ff)
-        if peculiar.get("post_norms"):
+        if peculiar.post_norms:
             yield f"{block}.post_attention_norm.weight", (hidden,)
             yield f"{block}.post_ffw_norm.weight", (hidden,)
+    if peculiar.rope_pairs:
+        yield "rope_factors_long.weight", (peculiar.rope_pairs,)
+        yield "rope_factors_short.weight", (peculiar.rope_pairs,)
     yield "output_norm.weight", (hidden,)
     if not tied:
         yield "output.weight", (n_vocab, hidden)
-
-
-def _head_norms(n_layer: int, head_dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for layer in range(n_layer):
-        yield f"blk.{layer}.attn_q_norm.weight", (head_dim,)
-        yield f"blk.{layer}.attn_k_norm.weight", (head_dim,)
 
 
 def _add_matrix(

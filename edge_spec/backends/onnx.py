@@ -7,7 +7,7 @@ rows keeps a row's logits the same bits whatever was decoded beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import BackendError, ContextLengthError, ModelFormatError, UsageError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
@@ -67,7 +68,8 @@ class OnnxModel:
             )
             self._binding: Any = self._session.io_binding()
         self._run_options = ort.RunOptions()
-        self._logits: Logits = np.empty((max_rows, config.n_vocab), np.float32)
+        self._logits: Logits = np.full((max_rows, config.n_vocab), -np.inf, np.float32)
+        self._head = TrimmedHead.of(export, max_rows, self._embeddings)
         self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
         self._bind_constants(export)
 
@@ -97,10 +99,15 @@ class OnnxModel:
         self._bind("rows", wanted)
         self._bind("seqlens_k", np.array([total - 1], np.int32))
         self._bind("total_sequence_length", np.array(total, np.int32))
-        self._bind_output("logits", (1, len(wanted), self._spec.n_vocab), self._logits)
+        scored = self._logits if self._head is None else self._head.logits
+        self._bind_output("logits", (1, len(wanted), scored.shape[1]), scored)
+        if self._head is not None:
+            self._bind_output("hidden", (1, len(wanted), self._head.hidden.shape[1]), self._head.hidden)
         with _translated(f"decoding {n} tokens"):
             self._session.run_with_iobinding(self._binding, self._run_options)
         self._length += n
+        if self._head is not None:
+            self._head.spread(self._logits, rows)
         return Decoded(self._logits[:rows])
 
     def rollback(self, length: int) -> None:
@@ -108,6 +115,11 @@ class OnnxModel:
         if not 0 <= length <= self._length:
             raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
         self._length = length
+
+    def reach(self, tokens: Iterable[int]) -> None:
+        """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
+        if self._head is not None:
+            self._head.reach(tokens)
 
     def align_rows(self, alignment: int | None) -> None:
         """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all.
@@ -123,7 +135,7 @@ class OnnxModel:
         """Give the session, the cache and the buffers back."""
         self._embeddings.close()
         # The binding points into what is held, and goes first.
-        self._binding = self._session = None
+        self._binding = self._session = self._head = None
         self._held.clear()
         self._logits = np.empty((0, 0), np.float32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 
 import typer
@@ -58,19 +58,21 @@ def chat(
         }
     )
     stops = options.stop_strings(stop)
-    engine = options.load_engine(
-        ProgressDisplay(),
-        pair=pair,
-        target=target,
-        draft=draft,
-        backend=backend,
-        drafter=drafter,
-        draft_tokens=draft_tokens,
-        recipe=recipe,
-        threads=threads,
-        ctx=ctx,
-        no_pad=no_pad,
-    )
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    with _quiet_keyboard() if on_terminal else nullcontext():
+        engine = options.load_engine(
+            ProgressDisplay(),
+            pair=pair,
+            target=target,
+            draft=draft,
+            backend=backend,
+            drafter=drafter,
+            draft_tokens=draft_tokens,
+            recipe=recipe,
+            threads=threads,
+            ctx=ctx,
+            no_pad=no_pad,
+        )
     with engine:
         sampling = replace(engine.info.chat_sampling, **chosen)
         conversation = Conversation(
@@ -84,10 +86,17 @@ def chat(
         remark_notes(engine.info.notes)
         if idle := options.idle_choices(chosen, sampling):
             remark_notes([idle])
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if on_terminal:
             _talk(conversation)
         else:
             _answer_lines(conversation)
+
+
+def _quiet_keyboard() -> AbstractContextManager[None]:
+    """What is typed ahead does not show between the bars; the first prompt takes it up."""
+    from edge_spec.cli.prompt import echo_off
+
+    return echo_off()
 
 
 def _talk(conversation: Conversation) -> None:

@@ -43,10 +43,11 @@ PairOption = Annotated[
     typer.Option(help="A target with its draft, by name (default: the default pair).", rich_help_panel=_MODEL),
 ]
 TargetOption = Annotated[
-    str | None, typer.Option(help="The model that answers: a name or a GGUF path.", rich_help_panel=_MODEL)
+    str | None,
+    typer.Option(help="The model that answers: a name, a GGUF file or an export's folder.", rich_help_panel=_MODEL),
 ]
 DraftOption = Annotated[
-    str | None, typer.Option(help="The small model that proposes: a name or a GGUF path.", rich_help_panel=_MODEL)
+    str | None, typer.Option(help="The small model that proposes, given like the target.", rich_help_panel=_MODEL)
 ]
 BackendOption = Annotated[BackendName, typer.Option(help="The library that runs the models.", rich_help_panel=_MODEL)]
 RecipeOption = Annotated[

@@ -63,6 +63,12 @@ class Session:
         """Tokens of `context` that a decode of it would have to read."""
         return len(context) - common_prefix(self._cached or [], list(context))
 
+    def reach(self, tokens: Context) -> None:
+        """Where the model's head is trimmed: give logits to these tokens too."""
+        reach = getattr(self._model, "reach", None)
+        if reach is not None:
+            reach(tokens)
+
     def forget(self) -> None:
         """Take the cache for empty: the next decode reads its whole sequence."""
         self._cached = None

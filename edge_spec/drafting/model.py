@@ -56,6 +56,7 @@ class ModelDrafter(Drafter):
         self._request: Request | None = None
         self._sampler: Sampler | None = None
         self._history: History | None = None
+        self._num_reached = 0
 
     @property
     def session(self) -> Session:
@@ -70,6 +71,7 @@ class ModelDrafter(Drafter):
         self._sampler = make_sampler(replace(sampling, top_k=top_k))
         self._request = request
         self._history = None
+        self._num_reached = 0
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         """Draft one token a pass. No tokens where the context has outgrown the draft model's window."""
@@ -80,6 +82,8 @@ class ModelDrafter(Drafter):
             self._history = History(context[: request.prompt_length])
         history = self._history
         history.follow(context)
+        session.reach(context[self._num_reached :])
+        self._num_reached = len(context)
         room = min(max_tokens, session.spec.n_ctx - len(context) + 1)
         if self.pace is None:
             room = min(room, self._draft_tokens)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError
-from edge_spec.export.rope import ROPE_TENSORS, read_rope_scaling
+from edge_spec.export.rope import ROPE_TENSORS, RopeScaling, read_rope_scaling
 from edge_spec.export.traits import SUPPORTED, TRAITS, Traits
 from edge_spec.formats.gguf import GGUFArray, GGUFFile
 
@@ -76,23 +76,27 @@ class DecoderConfig:
         """Tokens that a layer sees; 0: all of them."""
         return self.windows[layer] if self.windows else 0
 
-    def rope_of(self, layer: int) -> tuple[str, str] | None:
-        """The names of the rotary tables of a layer among `rope_inputs`, None if it does not rotate."""
+    def rope_of(self, layer: int) -> tuple[str, ...]:
+        """The names of a layer's rotary tables, cosines and sines; none if it does not rotate."""
         every = self.traits.unrotated_every
         if every and (layer + 1) % every == 0:
-            return None
+            return ()
         return ("cos.local", "sin.local") if self.rope_local_base and self.window(layer) else ("cos", "sin")
 
+    @property
+    def rope_names(self) -> list[str]:
+        """The rotary tables that layers use, sorted."""
+        return sorted({name for layer in range(self.n_layer) for name in self.rope_of(layer)})
+
     def rope_inputs(self, rows: int, n_ctx: int) -> dict[str, NDArray[np.float32]]:
-        """The graph's rotary tables of `rows` positions, float32 [rows, rope_dim/2], for a cache of `n_ctx` tokens."""
-        used = {name for layer in range(self.n_layer) for name in self.rope_of(layer) or ()}
+        """The rotary tables of `rows` positions, float32 [rows, rope_dim/2], for a cache of `n_ctx` tokens."""
         long = self.rope_long_factors is not None and n_ctx > self.rope_short_ctx
         factors = self.rope_long_factors if long else self.rope_factors
         tables = dict(zip(("cos", "sin"), self._rope_tables(rows, self.rope_base, factors), strict=True))
         if self.rope_local_base:
             local = self._rope_tables(rows, self.rope_local_base, None)
             tables |= dict(zip(("cos.local", "sin.local"), local, strict=True))
-        return {name: table for name, table in tables.items() if name in used}
+        return {name: tables[name] for name in self.rope_names}
 
     def _rope_tables(
         self, rows: int, base: float, factors: tuple[float, ...] | None
@@ -113,8 +117,11 @@ class DecoderConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> DecoderConfig:
         """The inverse of `to_json`; ModelFormatError if fields are missing or unknown."""
+        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        if plain.get("architecture") not in TRAITS:
+            raise ModelFormatError(f"the export's decoder is of the architecture {plain.get('architecture')!r}")
         try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            return cls(**plain)
         except TypeError as exc:
             raise ModelFormatError(f"the export's decoder description is not complete: {exc}") from exc
 
@@ -167,7 +174,7 @@ def read_config(gguf: GGUFFile) -> DecoderConfig:
         rope_long_factors=rope.long_factors,
         rope_short_ctx=rope.short_ctx,
         rope_magnitude=rope.magnitude,
-        rope_local_base=_local_base(gguf, traits, rope_base) if windows else 0.0,
+        rope_local_base=_local_base(gguf, traits, rope_base, rope) if windows else 0.0,
         attention_scale=(hidden // n_head) ** -0.5 if n_layer == traits.coarse_scale_layers else 0.0,
         attention_softcap=_softcap(gguf, "attn_logit_softcapping", traits.attention_softcap),
         logit_softcap=_softcap(gguf, "final_logit_softcapping", traits.logit_softcap),
@@ -190,7 +197,7 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if traits.qk_norm:
         parts |= {"attn_q_norm": (config.head_dim,), "attn_k_norm": (config.head_dim,)}
     parts |= {"attn_output": (hidden, queries), "ffn_norm": (hidden,)}
-    parts |= {"ffn_up": (2 * n_ff, hidden)} if traits.fused_inputs else {name: (n_ff, hidden) for name in _GATED}
+    parts |= {"ffn_up": (2 * n_ff, hidden)} if traits.fused_inputs else dict.fromkeys(_GATED, (n_ff, hidden))
     parts |= {"ffn_down": (hidden, n_ff)}
     if traits.post_norms:
         parts |= {"post_attention_norm": (hidden,), "post_ffw_norm": (hidden,)}
@@ -259,9 +266,14 @@ def _windows(gguf: GGUFFile, traits: Traits, n_layer: int) -> tuple[int, ...]:
     return tuple(window if flag else 0 for flag in flags[:n_layer])
 
 
-def _local_base(gguf: GGUFFile, traits: Traits, base: float) -> float:
-    local = gguf.hparam_float("rope.freq_base_swa", traits.local_rope_base)
-    return 0.0 if local == base and not traits.local_rope_base else local
+def _local_base(gguf: GGUFFile, traits: Traits, base: float, rope: RopeScaling) -> float:
+    """Base of the windowed layers, 0 where they rotate as the others do."""
+    local = gguf.hparam_float("rope.freq_base_swa", traits.local_rope_base or base)
+    if not traits.local_rope_base and local == base:
+        return 0.0
+    if not traits.local_rope_base or rope.magnitude != 1:
+        raise UnsupportedArchitectureError(f"{gguf.path.name}: windowed layers with a rotary embedding of their own")
+    return local
 
 
 def _softcap(gguf: GGUFFile, key: str, default: float) -> float:

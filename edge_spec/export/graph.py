@@ -9,7 +9,8 @@ Inputs (S new tokens, R rows, C cached positions):
                                                     have others
   past_key.L, past_value.L   float32 [1, n_kv_head, C, head_dim]
 Outputs:
-  logits                float32 [1, R, n_vocab]
+  logits                float32 [1, R, rows of the head]
+  hidden                float32 [1, R, hidden]      what the head is applied to; only where the head is trimmed
   key.L, value.L        as past_*; bound to the same memory, so that the cache is written in place
 
 The last layer works on the R rows alone once its attention is done: nothing later needs the others.
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import onnx
 
 MS = "com.microsoft"
+HEAD = "output"
+"""The projection that makes logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +79,17 @@ class _Builder:
         self.weights_file = weights_file
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.head_rows = sum(part.n_rows for part in weights.matrices[HEAD])
+        self.trimmed = self.head_rows < config.n_vocab
 
     def build(self) -> onnx.ModelProto:
         onnx, config = self.onnx, self.config
         for name, vector in self.weights.vectors.items():
-            self.constant(name, vector)
+            self.initializers.append(onnx.numpy_helper.from_array(vector, name))
         # `residual` runs through the layers; each norm adds the branch before it and hands the sum on.
-        residual, branch = self.scale("embeddings", config.embedding_scale), None
+        residual, branch = "embeddings", None
+        if config.embedding_scale != 1:
+            residual = self.scale(residual, config.embedding_scale, "embeddings.scaled")
         for layer in range(config.n_layer):
             block = f"blk.{layer}."
             normed, residual = self.norm(block + "attn_norm", residual, branch)
@@ -95,6 +102,8 @@ class _Builder:
             branch = self.post_norm(block + "post_ffw_norm", self.feed_forward(block, normed))
         normed, _ = self.norm("output_norm", residual, branch)
         self.logits(normed)
+        if self.trimmed:
+            self.op("Identity", [normed], "hidden")
         graph = onnx.helper.make_graph(
             self.nodes, config.architecture, self.inputs(), self.outputs(), initializer=self.initializers
         )
@@ -114,31 +123,31 @@ class _Builder:
         }
         return self.op(
             "GroupQueryAttention",
-            [*sources, *past, "seqlens_k", "total_sequence_length", *(tables or ())],
+            [*sources, *past, "seqlens_k", "total_sequence_length", *tables],
             block + "attention",
             more_outputs=[f"key.{layer}", f"value.{layer}"],
             domain=MS,
             num_heads=config.n_head,
             kv_num_heads=config.n_kv_head,
-            do_rotary=int(tables is not None),
+            do_rotary=int(bool(tables)),
             rotary_interleaved=int(config.rope_interleaved),
             **{name: value for name, value in optional.items() if value},
         )
 
     def normed_heads(self, block: str, qkv: str) -> list[str]:
         """Queries and keys, each head normed, and values, out of their one product."""
-        config = self.config
-        heads = {"q": config.n_head, "k": config.n_kv_head, "v": config.n_kv_head}
-        sizes = self.constant(block + "qkv_sizes", np.array([n * config.head_dim for n in heads.values()], np.int64))
-        query, key, value = (f"{block}attn_{part}" for part in heads)
-        self.op("Split", [qkv, sizes], query, [key, value], axis=-1)
-        return [self.normed_head(query, heads["q"]), self.normed_head(key, heads["k"]), value]
+        heads = (self.config.n_head, self.config.n_kv_head, self.config.n_kv_head)
+        widths = self.constant(f"{qkv}.widths", [n * self.config.head_dim for n in heads])
+        query, key, value = (f"{block}attn_{part}" for part in "qkv")
+        self.op("Split", [qkv, widths], query, [key, value], axis=-1)
+        return [self.normed_head(query, heads[0]), self.normed_head(key, heads[1]), value]
 
     def normed_head(self, name: str, n_head: int) -> str:
-        shapes = {"apart": [1, -1, n_head, self.config.head_dim], "joined": [1, -1, n_head * self.config.head_dim]}
-        apart, joined = (self.constant(f"{name}.{kind}_shape", np.array(s, np.int64)) for kind, s in shapes.items())
-        normed, _ = self.norm(f"{name}_norm", self.op("Reshape", [name, apart], f"{name}.apart"), None)
-        return self.op("Reshape", [normed, joined], f"{name}.joined")
+        width = self.config.head_dim
+        apart = self.constant(f"{name}.apart", [1, -1, n_head, width])
+        joined = self.constant(f"{name}.joined", [1, -1, n_head * width])
+        normed, _ = self.norm(f"{name}_norm", self.op("Reshape", [name, apart], f"{name}.by_head"), None)
+        return self.op("Reshape", [normed, joined], f"{name}.normed")
 
     def feed_forward(self, block: str, normed: str) -> str:
         if self.config.traits.fused_inputs:
@@ -148,9 +157,7 @@ class _Builder:
         else:
             gate = self.project(block + "ffn_gate", normed)
             up = self.project(block + "ffn_up", normed)
-        return self.project(
-            block + "ffn_down", self.op("Mul", [self.activate(block, gate), up], block + "ffn_gated")
-        )
+        return self.project(block + "ffn_down", self.op("Mul", [self.activate(block, gate), up], block + "ffn_gated"))
 
     def activate(self, block: str, gate: str) -> str:
         if self.config.traits.activation == "gelu_tanh":
@@ -162,15 +169,14 @@ class _Builder:
         """The head, and the bound on its logits if there is one."""
         cap = self.config.logit_softcap
         if not cap:
-            return self.project("output", normed, output="logits")
-        bounded = self.op("Tanh", [self.scale(self.project("output", normed, output="uncapped"), 1 / cap)], "bounded")
-        return self.op("Mul", [bounded, self.constant("logit_softcap", np.array(cap, np.float32))], "logits")
+            return self.project(HEAD, normed, output="logits")
+        unbounded = self.project(HEAD, normed, output="unbounded")
+        bounded = self.op("Tanh", [self.scale(unbounded, 1 / cap, "logits.in_caps")], "logits.bounded")
+        return self.scale(bounded, cap, "logits")
 
-    def scale(self, x: str, factor: float) -> str:
+    def scale(self, x: str, factor: float, output: str) -> str:
         """x times a number."""
-        if factor == 1:
-            return x
-        return self.op("Mul", [x, self.constant(f"{x}.scale", np.array(factor, np.float32))], f"{x}.scaled")
+        return self.op("Mul", [x, self.constant(f"{output}.factor", factor)], output)
 
     def post_norm(self, name: str, branch: str) -> str:
         """RMS norm of a branch before it joins the residual stream, in architectures that have it."""
@@ -218,9 +224,10 @@ class _Builder:
             accuracy_level=4,  # int8 activations: the integer dot products that make several rows cheap
         )
 
-    def constant(self, name: str, value: NDArray[Any]) -> str:
-        """A small array inside the graph."""
-        self.initializers.append(self.onnx.numpy_helper.from_array(value, name))
+    def constant(self, name: str, value: float | list[int]) -> str:
+        """A number, float32, or a shape, int64, inside the graph."""
+        array = np.array(value, np.int64 if isinstance(value, list) else np.float32)
+        self.initializers.append(self.onnx.numpy_helper.from_array(array, name))
         return name
 
     def store(self, name: str, kind: int, shape: Sequence[int], span: Span) -> None:
@@ -250,19 +257,20 @@ class _Builder:
         config, value = self.config, self.value
         f32, i32, i64 = (getattr(self.onnx.TensorProto, kind) for kind in ("FLOAT", "INT32", "INT64"))
         table: list[int | str] = ["n_ctx", config.rope_dim // 2]
-        tables = dict.fromkeys(name for layer in range(config.n_layer) for name in config.rope_of(layer) or ())
         return [
             value("embeddings", f32, [1, "tokens", config.hidden]),
             value("rows", i64, ["rows"]),
             value("seqlens_k", i32, [1]),
             value("total_sequence_length", i32, []),
-            *(value(name, f32, table) for name in sorted(tables)),
+            *(value(name, f32, table) for name in config.rope_names),
             *self.caches("past_key", "past_value"),
         ]
 
     def outputs(self) -> list[onnx.ValueInfoProto]:
-        logits = self.value("logits", self.onnx.TensorProto.FLOAT, [1, "rows", self.config.n_vocab])
-        return [logits, *self.caches("key", "value")]
+        f32 = self.onnx.TensorProto.FLOAT
+        logits = self.value("logits", f32, [1, "rows", self.head_rows])
+        hidden = [self.value("hidden", f32, [1, "rows", self.config.hidden])] if self.trimmed else []
+        return [logits, *hidden, *self.caches("key", "value")]
 
     def caches(self, *names: str) -> list[onnx.ValueInfoProto]:
         shape: list[int | str] = [1, self.config.n_kv_head, "n_ctx", self.config.head_dim]

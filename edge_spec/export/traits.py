@@ -15,7 +15,7 @@ class Traits:
     grouped-query attention, a gated network."""
 
     rope_interleaved: bool = False
-    """Whether a rotary pair is (0, 1), (2, 3), … (files of that kind are permuted to it) or (0, d/2), (1, d/2 + 1), …"""
+    """Whether a rotary pair is (0, 1), (2, 3), … (files are permuted to that) or (0, d/2), (1, d/2 + 1), …"""
     unrotated_every: int = 0
     """Every so many-th layer has no rotary embedding."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
