@@ -303,20 +303,23 @@ def test_an_export_loads_from_its_folder_alone(models: Path, engine: Engine, tmp
         Engine.load(target=folder, recipe="int4")
 
 
+# llama.cpp loads what the exporter refuses.
+UNKNOWN_SCALING = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5}
+
+
 def test_an_architecture_that_the_exporter_does_not_know_runs_on_llama_cpp_and_says_so(tmp_path: Path) -> None:
-    # llama.cpp reads rope scaling that the exporter refuses.
-    path = write_tiny_gguf(tmp_path / "yarn.gguf", metadata={"llama.rope.scaling.type": "yarn"})
+    path = write_tiny_gguf(tmp_path / "yarn.gguf", metadata=UNKNOWN_SCALING)
     with Engine.load(target=path, drafter="lookup", threads=1) as engine:
         result = engine.generate("def", max_tokens=4)
     assert result.backend == "llama"
-    assert any("yarn" in note and "llama backend" in note for note in result.notes)
+    assert any("YaRN" in note and "llama backend" in note for note in result.notes)
 
 
 def test_an_unknown_architecture_without_llama_cpp_names_both_remedies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    path = write_tiny_gguf(tmp_path / "yarn.gguf", metadata={"llama.rope.scaling.type": "yarn"})
+    path = write_tiny_gguf(tmp_path / "yarn.gguf", metadata=UNKNOWN_SCALING)
     with pytest.raises(UnsupportedArchitectureError, match=r"edge-spec\[llama\].*known architecture"):
         Engine.load(target=path, drafter="none")
 
