@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -151,10 +151,6 @@ def read_config(gguf: GGUFFile) -> DecoderConfig:
         raise ModelFormatError(f"{gguf.path}: no matrix token_embd.weight")
     traits = TRAITS[architecture]
     n_layer = gguf.hparam_int("block_count")
-    rope_dim = gguf.hparam_int("rope.dimension_count", head_dim)
-    rope_base = gguf.hparam_float("rope.freq_base", 10000.0)
-    rope = read_rope_scaling(gguf, dim=rope_dim, base=rope_base)
-    windows = _windows(gguf, traits, n_layer)
     config = DecoderConfig(
         architecture=architecture,
         n_layer=n_layer,
@@ -166,23 +162,19 @@ def read_config(gguf: GGUFFile) -> DecoderConfig:
         n_vocab=embedding.shape[0],
         n_ctx_train=_longest_context(gguf),
         rms_epsilon=gguf.hparam_float("attention.layer_norm_rms_epsilon"),
-        rope_base=rope_base,
-        rope_dim=rope_dim,
+        rope_base=gguf.hparam_float("rope.freq_base", 10000.0),
+        rope_dim=gguf.hparam_int("rope.dimension_count", head_dim),
         rope_interleaved=traits.rope_interleaved,
-        rope_factors=rope.factors,
+        rope_factors=None,
         tied="output.weight" not in gguf.tensors,
-        rope_long_factors=rope.long_factors,
-        rope_short_ctx=rope.short_ctx,
-        rope_magnitude=rope.magnitude,
-        rope_local_base=_local_base(gguf, traits, rope_base, rope) if windows else 0.0,
         attention_scale=(hidden // n_head) ** -0.5 if n_layer == traits.coarse_scale_layers else 0.0,
         attention_softcap=_softcap(gguf, "attn_logit_softcapping", traits.attention_softcap),
         logit_softcap=_softcap(gguf, "final_logit_softcapping", traits.logit_softcap),
-        windows=windows,
     )
     _check_sizes(gguf, config)
     _check_tensors(gguf, config)
-    return config
+    # Only now are the sizes known to be those of tensors, and safe to make tables of.
+    return _with_positions(gguf, config)
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -248,6 +240,21 @@ def _check_tensors(gguf: GGUFFile, config: DecoderConfig) -> None:
             raise UnsupportedArchitectureError(f"{gguf.path.name}: the exporter has no use for the tensor {name}")
         if tensor.shape != optional[name]:
             raise ModelFormatError(f"{gguf.path}: {name} has the shape {tensor.shape}, not {optional[name]}")
+
+
+def _with_positions(gguf: GGUFFile, config: DecoderConfig) -> DecoderConfig:
+    """Add what makes positions count: how rotation is stretched, and what each layer sees."""
+    rope = read_rope_scaling(gguf, dim=config.rope_dim, base=config.rope_base)
+    windows = _windows(gguf, config.traits, config.n_layer)
+    return replace(
+        config,
+        rope_factors=rope.factors,
+        rope_long_factors=rope.long_factors,
+        rope_short_ctx=rope.short_ctx,
+        rope_magnitude=rope.magnitude,
+        rope_local_base=_local_base(gguf, config.traits, config.rope_base, rope) if windows else 0.0,
+        windows=windows,
+    )
 
 
 def _windows(gguf: GGUFFile, traits: Traits, n_layer: int) -> tuple[int, ...]:
