@@ -48,8 +48,17 @@ def test_no_weight_moves_by_more_than_a_step_of_its_block(bits: int, block: int)
     assert (error <= steps * 0.5001).mean() > 0.99
 
 
-def test_a_block_of_zeros_stays_zero() -> None:
-    rows = quantize_rows(np.zeros((2, 64), np.float32), bits=4, block=32)
+@pytest.mark.parametrize("shift", [0.0, 1.0, -3.0])
+def test_zero_points_follow_a_block_that_does_not_lie_around_zero(shift: float) -> None:
+    weights = (np.random.default_rng(0).normal(size=(64, 256)) + shift).astype(np.float32)
+    plain, zeroed = (quantize_rows(weights, bits=4, block=64, zero_points=on) for on in (False, True))
+    errors = [float(np.square(dequantize_rows(rows, bits=4) - weights).sum()) for rows in (plain, zeroed)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_a_block_of_zeros_stays_zero(zero_points: bool) -> None:
+    rows = quantize_rows(np.zeros((2, 64), np.float32), bits=4, block=32, zero_points=zero_points)
     assert not dequantize_rows(rows, bits=4).any()
 
 
@@ -92,6 +101,19 @@ def test_logits_are_those_of_the_architecture(architecture: str, tied: bool, tmp
     logits = model.decode(tokens, rows=12).logits
     expected = reference_logits(path, tokens)
     assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.999
+    model.close()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_the_runtime_reads_weights_as_they_are_meant(bits: int, zero_points: bool, tmp_path: Path) -> None:
+    """Also where a row has an odd number of blocks, whose zero points do not fill their last byte."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", hidden=160, ff=480)
+    recipe = Recipe("x", bits=bits, block=32, zero_points=zero_points)
+    model = OnnxModel(export_model(path, recipe, tmp_path / "out", sha256=SHA), name="tiny", n_ctx=32, threads=1)
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, model.spec.n_vocab, 12)]
+    logits = model.decode(tokens, rows=12).logits
+    assert np.corrcoef(logits.ravel(), reference_logits(path, tokens).ravel())[0, 1] > {4: 0.97, 8: 0.999}[bits]
     model.close()
 
 
@@ -263,6 +285,15 @@ ensure_export(Path(sys.argv[1]), sys.argv[2], RECIPES["int4"], Path(sys.argv[3])
     assert time.monotonic() - started < 30
     assert not any(path.suffix == ".partial" for path in (tmp_path / SHA).iterdir())
     assert open_export(export.path) == export
+
+
+def test_an_export_of_an_older_exporter_gives_way(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_spec.export.exporter.EXPORTER_VERSION", 0)
+    old = ensure_export(tiny, SHA, RECIPES["int4"], tmp_path).path
+    monkeypatch.undo()
+    new = ensure_export(tiny, SHA, RECIPES["int4"], tmp_path).path
+    assert new.exists()
+    assert not old.exists()
 
 
 # The part of a GGUF that an export keeps
