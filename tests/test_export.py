@@ -108,7 +108,7 @@ def test_logits_are_those_of_the_architecture(architecture: str, tied: bool, tmp
 @pytest.mark.parametrize("zero_points", [False, True])
 def test_the_runtime_reads_weights_as_they_are_meant(bits: int, zero_points: bool, tmp_path: Path) -> None:
     """Also where a row has an odd number of blocks, whose zero points do not fill their last byte."""
-    path = write_tiny_gguf(tmp_path / "tiny.gguf", hidden=160, ff=480)
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", hidden=160, ff=480, n_head=2, n_kv_head=1)
     recipe = Recipe("x", bits=bits, block=32, zero_points=zero_points)
     model = OnnxModel(export_model(path, recipe, tmp_path / "out", sha256=SHA), name="tiny", n_ctx=32, threads=1)
     tokens = [int(token) for token in np.random.default_rng(1).integers(0, model.spec.n_vocab, 12)]
@@ -159,6 +159,7 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
         ({"general.architecture": "mamba"}, UnsupportedArchitectureError, "llama, qwen2"),
         ({"llama.expert_count": 8}, UnsupportedArchitectureError, "mixture of experts"),
         ({"llama.rope.scaling.type": "yarn"}, UnsupportedArchitectureError, "yarn"),
+        ({"llama.attention.key_length": 40, "llama.attention.value_length": 40}, UnsupportedArchitectureError, "of 16"),
         ({"llama.block_count": 3}, ModelFormatError, "blk.2.attn_norm.weight is missing"),
         ({"llama.block_count": 1}, UnsupportedArchitectureError, "blk.1."),
         ({"llama.feed_forward_length": 1024}, ModelFormatError, "blk.0.ffn_gate.weight has the shape"),

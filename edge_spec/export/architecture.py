@@ -14,6 +14,10 @@ SUPPORTED = ("llama", "qwen2")
 """GGUF architectures that the exporter builds (llama includes Mistral and SmolLM2)."""
 
 
+HEAD_DIM_STEP = 16
+"""ONNX Runtime's GroupQueryAttention takes heads of a multiple of so many values."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A decoder of RMS norms, rotary grouped-query attention and a gated SiLU feed-forward network."""
@@ -87,6 +91,10 @@ def read_config(gguf: GGUFFile) -> DecoderConfig:
     head_dim = gguf.hparam_int("attention.key_length", hidden // n_head)
     if gguf.hparam_int("attention.value_length", head_dim) != head_dim:
         raise UnsupportedArchitectureError(f"{gguf.path.name}: keys and values of different width")
+    if head_dim % HEAD_DIM_STEP:
+        raise UnsupportedArchitectureError(
+            f"{gguf.path.name}: heads of {head_dim} values; the runtime's attention wants multiples of {HEAD_DIM_STEP}"
+        )
     if gguf.hparam_int("expert_count", 0):
         raise UnsupportedArchitectureError(f"{gguf.path.name}: a mixture of experts; the exporter builds dense models")
     embedding = gguf.tensors.get("token_embd.weight")
