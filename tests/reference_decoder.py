@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,21 @@ from edge_spec.formats.gguf import GGUFFile
 Array = NDArray[np.float64]
 
 
-def reference_logits(path: Path, tokens: list[int]) -> Array:
-    """Logits of every position, shape [len(tokens), n_vocab], of a llama or qwen2 model."""
+def reference_logits(path: Path, tokens: list[int], stored: Callable[[Array], Array] = lambda matrix: matrix) -> Array:
+    """Logits of every position, shape [len(tokens), n_vocab], of a llama or qwen2 model.
+
+    `stored` makes of each projection's matrix what an export would make of it.
+    """
     with GGUFFile(path) as gguf:
-        return _forward(gguf, tokens)
+        return _forward(gguf, tokens, stored)
 
 
-def _forward(gguf: GGUFFile, tokens: list[int]) -> Array:
+def _forward(gguf: GGUFFile, tokens: list[int], stored: Callable[[Array], Array]) -> Array:
     def tensor(name: str) -> Array:
         return gguf.dequantize(name).astype(np.float64)
 
     def project(name: str, x: Array) -> Array:
-        y: Array = x @ tensor(f"{name}.weight").T
+        y: Array = x @ stored(tensor(f"{name}.weight")).T
         return y + tensor(f"{name}.bias") if f"{name}.bias" in gguf.tensors else y
 
     def norm(name: str, x: Array) -> Array:
@@ -50,7 +54,7 @@ def _forward(gguf: GGUFFile, tokens: list[int]) -> Array:
         gate = project(block + "ffn_gate", normed)
         x = x + project(block + "ffn_down", gate / (1 + np.exp(-gate)) * project(block + "ffn_up", normed))
     head = "output.weight" if "output.weight" in gguf.tensors else "token_embd.weight"
-    return norm("output_norm", x) @ tensor(head).T
+    return norm("output_norm", x) @ stored(tensor(head)).T
 
 
 def _rotate(x: Array, base: float, adjacent: bool) -> Array:
