@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 
 from edge_spec.cache_file import CacheFile
 from edge_spec.conversation import Chat
+from edge_spec.cores import check_threads
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter, NoDrafter
 from edge_spec.decoding.session import Session
@@ -17,6 +18,7 @@ from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, Stream, make_result
 from edge_spec.loading import (
+    LoadedModel,
     Loader,
     Source,
     StageProgress,
@@ -88,8 +90,7 @@ class Engine:
             raise UsageError("a pair names its target: give a pair or a target, not both")
         if draft_tokens is not None and not 1 <= draft_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens={draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads={threads} must be at least 1")
+        threads = check_threads(threads)
         if not pad_rows and backend == "llama":
             raise UsageError("the llama backend never pads: leave pad_rows alone")
 
@@ -107,30 +108,28 @@ class Engine:
             raise UsageError("draft_tokens is for the draft model, and no draft model is used")
 
         source = find_source(store, known.target if known else target or "")
-        draft_source = find_source(store, draft) if draft is not None else None
+        draft_source = find_source(store, draft, share=source.tokenizer) if draft is not None else None
         if draft_source is not None:
             check_same_vocabulary(source.tokenizer, draft_source.tokenizer)
         window = choose_n_ctx(source, n_ctx)
-        threads = threads or physical_cores()
         loader = Loader(store=store, backend=backend, threads=threads, progress=on_progress)
 
         chosen = chosen_recipe(recipe, backend, source)
-        loaded = loader.load(source, n_ctx=window, recipe=chosen, aligned=pad_rows)
-        notes = list(loaded.notes)
-        if drafter != "none" and loaded.model.spec.row_alignment is None:
-            notes.append("rows are not padded here: in a near tie, greedy text may differ from plain decoding's")
-        model = None
-        try:
+        with ExitStack() as opened:
+            loaded = loader.load(source, n_ctx=window, recipe=chosen, aligned=pad_rows)
+            opened.callback(loaded.model.close)
+            notes, model = [*_notes_on(source, loaded, drafter), *loaded.notes], None
             if draft_source is not None:
-                draft_window = min(window, draft_source.n_ctx_train)
                 drafting = loader.load(
-                    draft_source, n_ctx=draft_window, recipe=draft_recipe(draft_source), aligned=False
+                    draft_source,
+                    n_ctx=min(window, draft_source.n_ctx_train),
+                    recipe=draft_recipe(draft_source),
+                    aligned=False,
                 )
+                opened.callback(drafting.model.close)
                 notes += drafting.notes
                 model = ModelDrafter(Session(drafting.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
-        except BaseException:
-            loaded.model.close()
-            raise
+            opened.pop_all()
         drafters = _make_drafters(loaded.model.spec, model, draft_tokens or PLANNED_TOKENS)
         drafters["default"] = drafters[drafter]
         info = EngineInfo(
@@ -258,9 +257,12 @@ class Engine:
     ) -> Stream:
         tokenizer, info = self._source.tokenizer, self.info
         decoder = SpeculativeDecoder(self._target, self._choose_drafter(drafter))
+        refused = self._target.num_refused_rollbacks
 
         def finish(stream: Stream) -> GenerationResult:
             result = make_result(stream, prompt_tokens=len(prompt_ids), info=info)
+            if self._target.num_refused_rollbacks > refused:
+                result.notes.append("the backend could not drop tokens from its cache, so the context was read again")
             if done is not None:
                 done(result)
             return result
@@ -320,12 +322,14 @@ def _make_drafters(target: ModelSpec, model: ModelDrafter | None, planned_tokens
     return drafters | ({"model": model} if model is not None else {})
 
 
-def physical_cores() -> int:
-    """Cores that this process may use, without their hyper-threads."""
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+def _notes_on(source: Source, loaded: LoadedModel, drafter: str) -> list[str]:
+    """What the user should know of a target before its first text."""
+    notes = []
+    if source.template.source == "chatml":
+        notes.append(f"{source.name} carries no chat template: ChatML stands in")
+    if drafter != "none" and loaded.model.spec.row_alignment is None:
+        notes.append("rows are not padded here: in a near tie, greedy text may differ from plain decoding's")
+    return notes
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,25 @@ from edge_spec.formats.gguf import GGUFFile
 Array = NDArray[np.float64]
 
 
-def reference_logits(path: Path, tokens: list[int]) -> Array:
+def reference_logits(path: Path, tokens: list[int], stored: Callable[[Array], Array] = lambda matrix: matrix) -> Array:
     """Logits of every position, shape [len(tokens), n_vocab], of any of our architectures; no long-context scaling
-    of the rotary embedding but a plain factor."""
+    of the rotary embedding but a plain factor.
+
+    `stored` makes of each projection's matrix what an export would make of it.
+    """
     with GGUFFile(path) as gguf:
-        return _Forward(gguf).logits(tokens)
+        return _Forward(gguf, stored).logits(tokens)
 
 
 class _Forward:
     """Reads what it needs from the file as it goes, independently of the exporter."""
 
-    def __init__(self, gguf: GGUFFile) -> None:
+    def __init__(self, gguf: GGUFFile, stored: Callable[[Array], Array]) -> None:
         self.gguf = gguf
+        self.stored = stored
         self.gemma = gguf.architecture.startswith("gemma")
-        self.n_head, self.n_kv_head = (
-            gguf.hparam_int("attention.head_count"),
-            gguf.hparam_int("attention.head_count_kv"),
-        )
+        self.n_head = gguf.hparam_int("attention.head_count")
+        self.n_kv_head = gguf.hparam_int("attention.head_count_kv")
         hidden = gguf.hparam_int("embedding_length")
         self.head_dim = gguf.hparam_int("attention.key_length", hidden // self.n_head)
         self.adjacent = gguf.architecture in {"llama", "smollm3", "mistral3"}
@@ -43,7 +46,8 @@ class _Forward:
             x = x + self.norm(block + "post_attention_norm", self.project(block + "attn_output", mixed))
             x = x + self.norm(block + "post_ffw_norm", self.network(block, self.norm(block + "ffn_norm", x)))
         head = "output.weight" if "output.weight" in self.gguf.tensors else "token_embd.weight"
-        return _capped(self.norm("output_norm", x) @ self.tensor(head).T, self.cap("final_logit_softcapping"))
+        logits: Array = self.norm("output_norm", x) @ self.stored(self.tensor(head)).T
+        return _capped(logits, self.cap("final_logit_softcapping"))
 
     def attention(self, layer: int, x: Array) -> Array:
         n, block = len(x), f"blk.{layer}."
@@ -93,7 +97,7 @@ class _Forward:
         return self.gguf.dequantize(name).astype(np.float64)
 
     def project(self, name: str, x: Array) -> Array:
-        y: Array = x @ self.tensor(f"{name}.weight").T
+        y: Array = x @ self.stored(self.tensor(f"{name}.weight")).T
         return y + self.tensor(f"{name}.bias") if f"{name}.bias" in self.gguf.tensors else y
 
     def norm(self, name: str, x: Array) -> Array:

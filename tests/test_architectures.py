@@ -18,7 +18,8 @@ from edge_spec.backends.base import CausalLM
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError, UsageError
 from edge_spec.export import RECIPES, Export, Recipe, export_model
-from edge_spec.export.architecture import DecoderConfig, read_config
+from edge_spec.export.architecture import DecoderConfig
+from edge_spec.export.reading import read_config
 from edge_spec.export.traits import SUPPORTED
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Logits
@@ -190,9 +191,13 @@ def test_the_fields_of_a_decoder_survive_the_export(tmp_path: Path) -> None:
     ("architecture", "change", "error", "says"),
     [
         ("qwen3", {"rope.scaling.type": "dynamic"}, UnsupportedArchitectureError, "dynamic"),
+        ("qwen3", {"rope.freq_base": 0.0}, ModelFormatError, "contradict"),
+        ("gemma3", {"rope.dimension_count": 2**31}, ModelFormatError, "contradict"),
+        ("gemma3", {"block_count": 2**31}, ModelFormatError, "layers, but only"),
         ("qwen3", {"rope.scaling.factor": -2.0}, ModelFormatError, "factor of -2"),
         ("mistral3", {"rope.scaling.yarn_ext_factor": 0.5}, UnsupportedArchitectureError, "YaRN"),
         ("mistral3", {"rope.scaling.yarn_beta_slow": 0.0}, ModelFormatError, "YaRN"),
+        ("mistral3", {"rope.scaling.original_context_length": 0}, ModelFormatError, "context of 0 tokens"),
         ("phi3", {"rope.dimension_count": 32}, ModelFormatError, "rope_factors_short.weight does not fit 32"),
         ("gemma2", {"rope.freq_base_swa": 5000.0}, UnsupportedArchitectureError, "rotary embedding of their own"),
         ("gemma2", {"final_logit_softcapping": -1.0}, ModelFormatError, "final_logit_softcapping"),
@@ -230,6 +235,6 @@ def test_an_architecture_s_tensors_have_to_be_its_own(
 def test_a_context_past_the_exact_one_is_refused(tmp_path: Path) -> None:
     """Mistral 3 heats its attention past the original context, which the graph does not."""
     made = export(write(tmp_path, "mistral3"))
-    assert made.config.n_ctx_train == 128
+    assert (made.config.n_ctx_exact, made.config.n_ctx_train) == (128, 512)
     with pytest.raises(UsageError, match="up to 128"), opened(made, n_ctx=129):
         pass

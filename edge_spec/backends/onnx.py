@@ -27,6 +27,8 @@ ALIGNMENTS = (1, 2, 4)
 """Paddings that are worth trying: MatMulNBits works on tiles of up to 4 rows."""
 MAX_ALIGNMENT = ALIGNMENTS[-1]
 
+_MEMORY_REMEDY = "lower --ctx (n_ctx=), do without a draft model (--drafter lookup), or take a smaller model"
+
 
 class OnnxModel:
     """An export on ONNX Runtime; implements `backends.base.CausalLM`.
@@ -39,8 +41,8 @@ class OnnxModel:
         import onnxruntime as ort
 
         config = export.config
-        if n_ctx > config.n_ctx_train:
-            raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_train} tokens")
+        if config.n_ctx_exact and n_ctx > config.n_ctx_exact:
+            raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_exact} tokens")
         self._padding = 1
         self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
         max_rows = _round_up(max_rows, MAX_ALIGNMENT)
@@ -64,14 +66,17 @@ class OnnxModel:
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
         with _translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
-                str(export.model_file), _session_options(ort, threads), providers=["CPUExecutionProvider"]
+                str(export.model_file),
+                _session_options(ort, threads),
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # it would print to standard output and try the same again
             )
             self._binding: Any = self._session.io_binding()
-        self._run_options = ort.RunOptions()
-        self._logits: Logits = np.full((max_rows, config.n_vocab), -np.inf, np.float32)
-        self._head = TrimmedHead.of(export, max_rows, self._embeddings)
-        self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
-        self._bind_constants(export)
+            self._run_options = ort.RunOptions()
+            self._logits: Logits = np.full((max_rows, config.n_vocab), -np.inf, np.float32)
+            self._head = TrimmedHead.of(export, max_rows, self._embeddings)
+            self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
+            self._bind_constants(export)
 
     @property
     def spec(self) -> ModelSpec:
@@ -186,7 +191,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 @contextmanager
 def _translated(doing: str) -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions, which share no base of their own, into BackendError."""
+    """Turn ONNX Runtime's exceptions, which share no base of their own, and a want of memory into BackendError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     kinds: list[type[Exception]] = [
@@ -195,6 +200,8 @@ def _translated(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
+        if isinstance(exc, MemoryError) or "bad_alloc" in str(exc):
+            raise BackendError(f"not enough memory for {doing}; {_MEMORY_REMEDY}") from exc
         if not isinstance(exc, (RuntimeError, ValueError, *kinds)):
             raise
         raise BackendError(f"ONNX Runtime failed while {doing}: {exc}") from exc

@@ -25,16 +25,19 @@ _PLAIN_EVERY_S = 5.0
 def error_boundary() -> Iterator[None]:
     """Turn an error into one line on standard error and an exit code; a traceback only with EDGE_SPEC_DEBUG set.
 
-    Of the exceptions that are not ours, OSError is the system's (standard output on a full disk, say); others are
-    mistakes in the program, and pass with their traceback.
+    Of the exceptions that are not ours, OSError (standard output on a full disk, say) and MemoryError are the system's;
+    others are mistakes in the program, and pass with their traceback.
     """
     try:
         yield
-    except (EdgeSpecError, OSError) as exc:
+    except (EdgeSpecError, OSError, MemoryError) as exc:
         if os.environ.get("EDGE_SPEC_DEBUG"):
             traceback.print_exc()
         if not isinstance(exc, BrokenPipeError):  # a reader that has seen enough
-            print(f"error: {exc}", file=sys.stderr)
+            reason = (
+                f"not enough memory ({str(exc) or 'the system gives no more'})" if isinstance(exc, MemoryError) else exc
+            )
+            print(f"error: {reason}", file=sys.stderr)
         _discard_unwritten()
         sys.exit(BAD_USAGE if isinstance(exc, UsageError) else FAILED)
     except KeyboardInterrupt:

@@ -81,4 +81,4 @@ def _choose(path: Path, name: str | None, bits: int | None, block: int | None) -
         return default
     bits, block = bits or default.bits, block or default.block
     known = (recipe for recipe in RECIPES.values() if (recipe.bits, recipe.block, recipe.exact) == (bits, block, False))
-    return next(known, Recipe(f"int{bits}-block{block}", bits=bits, block=block))
+    return next(known, Recipe(f"int{bits}-block{block}", bits=bits, block=block, zero_points=bits == 4))

@@ -25,17 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError, StorageError, UsageError
-from edge_spec.export.architecture import DecoderConfig, bias_shapes, read_config, tensor_shapes
+from edge_spec.export.architecture import DecoderConfig, bias_shapes, tensor_shapes
 from edge_spec.export.graph import Weights, build_graph
 from edge_spec.export.layout import Job, Layout, plan_layout
-from edge_spec.export.quantize import QuantizedRows, quantize_rows, repack_exact
+from edge_spec.export.quantize import QuantizedRows, pack_zeros, quantize_rows, repack_exact
+from edge_spec.export.reading import read_config
 from edge_spec.export.recipe import Recipe
 from edge_spec.export.trim import head_ids
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
 from edge_spec.store.pull import exclusive
 
-EXPORTER_VERSION = 2
+EXPORTER_VERSION = 3
 """Raised whenever the same source and recipe would give other files, so that no old export is reused."""
 
 DESCRIPTION, MODEL, WEIGHTS, SOURCE = "edge_spec.json", "model.onnx", "weights.bin", "source.gguf"
@@ -149,7 +150,11 @@ def ensure_export(
                 return found
             if path.exists():
                 shutil.rmtree(path)
-            return export_model(source, recipe, path, sha256=sha256, threads=threads, progress=progress)
+            made = export_model(source, recipe, path, sha256=sha256, threads=threads, progress=progress)
+            for older in path.parent.glob(f"{recipe.name}-????????"):
+                if older != path:  # of an exporter before this one
+                    shutil.rmtree(older, ignore_errors=True)
+            return made
     except OSError as exc:
         raise StorageError(f"the export could not be written below {exports_dir}: {exc}; {_REMEDY}") from exc
 
@@ -247,7 +252,10 @@ def _fill(gguf: GGUFFile, layout: Layout, file: BinaryIO, threads: int, progress
         quantized = _quantize(gguf, job, rows)
         matrix, first = job.matrix, job.first_row + rows.start
         with lock:
-            for span, values in ((matrix.packed, quantized.packed), (matrix.scales, quantized.scales)):
+            stored = [(matrix.packed, quantized.packed), (matrix.scales, quantized.scales)]
+            if matrix.zeros is not None and quantized.zeros is not None:
+                stored.append((matrix.zeros, pack_zeros(quantized.zeros, matrix.bits)))
+            for span, values in stored:
                 file.seek(span.offset + first * (span.length // matrix.n_rows))
                 file.write(np.ascontiguousarray(values).data)
             done += job.tensor.row_bytes * (rows.stop - rows.start)
@@ -279,7 +287,8 @@ def _quantize(gguf: GGUFFile, job: Job, rows: slice) -> QuantizedRows:
     weights = gguf.dequantize(name, wanted)
     if not np.isfinite(weights).all():
         raise ModelFormatError(f"{gguf.path}: {name} holds values that are not finite")
-    return quantize_rows(weights, bits=job.matrix.bits, block=job.matrix.block)
+    zero_points = job.matrix.zeros is not None
+    return quantize_rows(weights, bits=job.matrix.bits, block=job.matrix.block, zero_points=zero_points)
 
 
 @contextmanager

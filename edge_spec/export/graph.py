@@ -53,6 +53,7 @@ class StoredMatrix:
     block: int
     packed: Span
     scales: Span
+    zeros: Span | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,9 +213,14 @@ class _Builder:
         packed_shape = [matrix.n_rows, blocks, matrix.block * matrix.bits // 8]
         self.store(name, self.onnx.TensorProto.UINT8, packed_shape, matrix.packed)
         self.store(f"{name}.scales", self.onnx.TensorProto.FLOAT, [matrix.n_rows, blocks], matrix.scales)
+        inputs = [x, name, f"{name}.scales"]
+        if matrix.zeros is not None:
+            row_bytes = matrix.zeros.length // matrix.n_rows
+            self.store(f"{name}.zeros", self.onnx.TensorProto.UINT8, [matrix.n_rows, row_bytes], matrix.zeros)
+            inputs.append(f"{name}.zeros")
         return self.op(
             "MatMulNBits",
-            [x, name, f"{name}.scales"],
+            inputs,
             output,
             domain=MS,
             N=matrix.n_rows,

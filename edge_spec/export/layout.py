@@ -48,9 +48,10 @@ class Layout:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of packed weights and scales, without the padding between them."""
+        """Bytes of packed weights, scales and zero points, without the padding between them."""
         parts = (part for parts in self.matrices.values() for part in parts)
-        return sum(part.packed.length + part.scales.length for part in parts)
+        spans = (span for part in parts for span in (part.packed, part.scales, part.zeros) if span is not None)
+        return sum(span.length for span in spans)
 
 
 def plan_layout(
@@ -72,7 +73,11 @@ def plan_layout(
             packed = Span(_align(end), n_rows * row_length * bits // 8)
             scales = Span(_align(packed.offset + packed.length), n_rows * (row_length // block) * 4)
             end = scales.offset + scales.length
-            matrix = StoredMatrix(n_rows, row_length, bits, block, packed, scales)
+            zeros = None
+            if recipe.zero_points and not exact:
+                zeros = Span(_align(end), n_rows * -(-(row_length // block) * bits // 8))
+                end = zeros.offset + zeros.length
+            matrix = StoredMatrix(n_rows, row_length, bits, block, packed, scales, zeros)
             matrices[name].append(matrix)
             first_row = 0
             for tensor in group:

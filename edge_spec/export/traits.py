@@ -28,9 +28,9 @@ class Traits:
     scaled_embedding: bool = False
     """Embeddings are multiplied by the square root of their width."""
     attention_softcap: float = 0.0
-    """Scores s become cap · tanh(s / cap), by default with this cap; 0 where the architecture has no cap."""
+    """Scores s become cap · tanh(s / cap), with this cap in a file that does not say; 0: they stay."""
     logit_softcap: float = 0.0
-    """The same for logits; a file of an architecture without a default can still set one."""
+    """The same for logits."""
     full_attention_every: int = 0
     """Every so many-th layer sees the whole context, the others a window; 0 where no layer has a window."""
     default_window: int = 0
