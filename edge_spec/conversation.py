@@ -21,6 +21,7 @@ class StreamIds(Protocol):
         max_tokens: int | None,
         sampling: SamplingParams | None,
         stop: Sequence[str],
+        drafter: str | None,
         on_progress: Progress | None,
         done: Callable[[GenerationResult], None],
     ) -> Stream:
@@ -61,10 +62,13 @@ class Chat:
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        drafter: str | None = None,
         on_progress: Progress | None = None,
     ) -> GenerationResult:
         """Say `text` and wait for the whole answer."""
-        stream = self.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop, on_progress=on_progress)
+        stream = self.stream(
+            text, max_tokens=max_tokens, sampling=sampling, stop=stop, drafter=drafter, on_progress=on_progress
+        )
         for _ in stream:
             pass
         return stream.result
@@ -76,6 +80,7 @@ class Chat:
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        drafter: str | None = None,
         on_progress: Progress | None = None,
     ) -> Stream:
         """Say `text`; the answer streams.
@@ -96,7 +101,13 @@ class Chat:
             self._ids = prompt_ids + result.token_ids if kept else []
 
         self._answer = self._stream_ids(
-            prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, on_progress=on_progress, done=done
+            prompt_ids,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            drafter=drafter,
+            on_progress=on_progress,
+            done=done,
         )
         return self._answer
 

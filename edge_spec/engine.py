@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -233,6 +233,14 @@ class Engine:
         """Forget what the caches hold, so that the next prompt is read from its first token."""
         for session in self._sessions():
             session.forget()
+
+    def unpadded(self) -> AbstractContextManager[None]:
+        """Within the block the target's passes are not padded, as with `pad_rows=False`.
+
+        That is what plain decoding costs where nothing has to be equal to it. The target's cache is forgotten at both
+        ends. Nothing changes where passes are not padded anyway.
+        """
+        return self._target.unpadded()
 
     def close(self) -> None:
         """Keep what was learnt of the machine and give the memory back. Closing twice is not an error."""

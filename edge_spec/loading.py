@@ -192,15 +192,28 @@ def machine_key(threads: int) -> str:
     return f"{platform.machine()} {_cpu_model()} | onnxruntime {engine} | {threads} threads"
 
 
+def processor_name() -> str:
+    """What the system calls its processor."""
+    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
 def _cpu_model() -> str:
     """The processor's name and features where the system tells them: kernels are chosen by the features."""
+    told = list(_cpu_facts().values())
+    if not told:
+        return platform.processor()
+    return f"{told[0]} {hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
+
+
+def _cpu_facts() -> dict[str, str]:
+    """Name and features of the first processor, in the order that the system tells them; empty where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0].splitlines()
     except OSError:
-        return platform.processor()
+        return {}
     wanted = ("model name", "flags", "Features", "CPU part")
-    told = [line.split(":", 1)[1].strip() for line in lines if line.split("\t")[0].strip() in wanted]
-    return f"{told[0] if told else ''} {hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs if name.strip() in wanted}
 
 
 def _file_type(path: Path) -> str:

@@ -176,6 +176,53 @@ def test_an_abandoned_stream_leaves_a_usable_engine(engine: Engine) -> None:
     assert engine.generate(PROMPTS[2], max_tokens=20).token_ids == expected
 
 
+def test_unpadded_passes_are_as_wide_as_their_rows_and_leave_nothing_behind(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.load(target=models / "target.gguf", recipe="int8", drafter="lookup", threads=1) as engine:
+        model = engine._target._model
+        assert isinstance(model, OnnxModel)
+        model.align_rows(4)  # whatever this machine would need
+        padded = engine.generate(PROMPTS[1], max_tokens=12)
+        with engine.unpadded():
+            assert model.spec.row_alignment is None
+            assert engine._target.count_unread([1, 2]) == 2, "what padded passes left is not used"
+            assert engine.generate(PROMPTS[1], max_tokens=12, drafter="none").steps == 12
+        assert model.spec.row_alignment == 4
+        again = engine.stream(PROMPTS[1], max_tokens=12)
+        assert engine._target.count_unread([1, 2]) == 2, "nor the other way round"
+        assert [token for piece in again for token in piece.token_ids] == padded.token_ids
+
+        with pytest.raises(KeyError), engine.unpadded():
+            raise KeyError
+        assert model.spec.row_alignment == 4
+
+
+def test_a_model_that_does_not_pad_keeps_its_cache_when_told_not_to(models: Path) -> None:
+    with Engine.load(target=models / "target.gguf", drafter="none", pad_rows=False, threads=1) as engine:
+        ids = engine.generate(PROMPTS[1], max_tokens=5, raw=True).token_ids
+        prompt = engine._source.tokenizer.encode(PROMPTS[1], add_bos=engine._source.tokenizer.add_bos)
+        with engine.unpadded():
+            assert engine._target.count_unread([*prompt, *ids[:-1]]) == 0
+
+
+def test_the_passes_of_the_draft_are_told_from_what_drafting_costs_besides(engine: Engine) -> None:
+    stream = engine.stream(PROMPTS[1], max_tokens=30, drafter="model")
+    for _ in stream:
+        pass
+    assert 0 < stream.stats.draft_model_s < stream.stats.draft_s
+    lookup = engine.stream(PROMPTS[1], max_tokens=30, drafter="lookup")
+    for _ in lookup:
+        pass
+    assert lookup.stats.draft_model_s == 0 < lookup.stats.draft_s
+
+
+def test_each_turn_of_a_chat_may_choose_its_drafter(engine: Engine) -> None:
+    chat = engine.chat()
+    assert set(chat.send(PROMPTS[0], max_tokens=8, drafter="none").drafters) == {"none"}
+    assert "model" in chat.send(PROMPTS[1], max_tokens=8, drafter="model").drafters
+
+
 # Conversations
 
 

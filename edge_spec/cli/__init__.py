@@ -21,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-COMMANDS = ("pull", "models", "rm", "export", "generate", "chat")
+COMMANDS = ("pull", "models", "rm", "export", "generate", "chat", "bench")
 
 
 def _print_version(wanted: bool) -> None:

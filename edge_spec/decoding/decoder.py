@@ -47,6 +47,8 @@ class DecodeStats:
     """The first step as a whole: reading the prompt, by the draft model too."""
     draft_s: float = 0.0
     """Drafting, in the later steps."""
+    draft_model_s: float = 0.0
+    """Of that, the passes of the draft model; the rest is what drafters and planner cost themselves."""
     target_s: float = 0.0
     """The target's passes, in the later steps."""
     own_s: float = 0.0
@@ -65,7 +67,7 @@ class DecodeStats:
     def end_prefill(self) -> None:
         """What was spent so far was spent on the prompt."""
         self.prefill_s = self.draft_s + self.target_s + self.own_s
-        self.draft_s = self.target_s = self.own_s = 0.0
+        self.draft_s = self.draft_model_s = self.target_s = self.own_s = 0.0
 
 
 class SpeculativeDecoder:
@@ -138,6 +140,7 @@ class SpeculativeDecoder:
                 lap()  # what passed since the last step was the caller's time
                 draft = self._propose(history, request, limits)
                 stats.draft_s += lap()
+                stats.draft_model_s += draft.model_s
 
                 reading = _until(request.cancelled, on_progress if stats.steps == 0 else None)
                 sequence, num_rows = history.tokens + draft.tokens, len(draft.tokens) + 1
@@ -166,7 +169,7 @@ class SpeculativeDecoder:
         room = limits.room_for_draft(history)
         draft = self._drafter.propose(history.tokens, room) if room > 0 else Draft([])
         assert len(draft.tokens) <= room, f"{draft.source} drafted more than the {room} tokens it was asked for"
-        return draft if draft.tokens else Draft([])
+        return draft if draft.tokens else Draft([], model_s=draft.model_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,8 @@ class ModelDrafter(Drafter):
             history.append(token)
             if token in request.stop_ids:
                 break
-        return Draft(tokens, None if sampler.greedy else q, self.name, confidence[: len(tokens)])
+        spent_s = sum(seconds for _, seconds in self.passes)
+        return Draft(tokens, None if sampler.greedy else q, self.name, confidence[: len(tokens)], spent_s)
 
     def _decode(self, history: History, request: Request) -> Logits:
         """Logits after `history`, [n_vocab of the target at most]."""
