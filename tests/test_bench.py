@@ -297,16 +297,16 @@ def test_a_plot_is_written_where_it_was_asked_for(
     """On a stand-in for matplotlib, which is optional: the bars are the ratios."""
     drawn: dict[str, Any] = {}
 
-    class Axes:
+    class Drawing:
         def __getattr__(self, name: str) -> Any:
             return lambda *args, **options: drawn.setdefault(name, args)
 
-    class Figure:
+    class Figure(Drawing):
         def __init__(self, **options: object) -> None:
             pass
 
-        def add_subplot(self) -> Axes:
-            return Axes()
+        def add_subplot(self) -> Drawing:
+            return Drawing()
 
         def savefig(self, path: Path, **options: object) -> None:
             path.write_bytes(b"picture")

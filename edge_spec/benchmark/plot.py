@@ -36,12 +36,11 @@ def write_plot(report: Report, title: str, path: Path) -> None:
     if report.geomean_ratio is not None:
         label = f"geometric mean {report.geomean_ratio:.2f}"
         axes.axhline(report.geomean_ratio, color="#228833", linestyle="--", linewidth=1, label=label)
-    axes.set_ylim(bottom=0)
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.15 * max([1.0, *ratios]))
     axes.set_ylabel("decode speed, plain = 1")
     axes.set_title(title, fontsize=10)
     axes.tick_params(axis="x", rotation=30)
-    axes.legend(loc="upper right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     try:
         figure.savefig(path.expanduser(), format="png", dpi=144)
     except OSError as exc:
