@@ -147,7 +147,8 @@ def test_rates_are_totals_and_ratios_compare_like_with_like() -> None:
     ]
     report = summarise(pairs, ["a note"])
     first = report.tasks["a"]
-    assert (first.prompts, first.plain_tokens_per_s, first.speculative_tokens_per_s) == (3, 10, pytest.approx(120 / 9))
+    assert (first.prompts, first.plain_tokens_per_s) == (3, 10)
+    assert first.speculative_tokens_per_s == pytest.approx(120 / 9)
     assert first.ratio == pytest.approx(120 / 9 / 10)
     assert first.worst_ratio == pytest.approx(0.5)
     assert first.ttft_ratio == pytest.approx(1.2)
@@ -155,7 +156,8 @@ def test_rates_are_totals_and_ratios_compare_like_with_like() -> None:
     assert first.drafters == {"model": DrafterStats(2, 3, 4)}
     assert report.tasks["b"].acceptance_rate is None
     assert report.geomean_ratio == pytest.approx((120 / 90 * 4) ** 0.5)
-    assert (report.worst_ratio, report.worst_prompt) == (pytest.approx(0.5), "a2")
+    assert report.worst_ratio == pytest.approx(0.5)
+    assert report.worst_prompt == "a2"
     assert report.own_share == pytest.approx(0.02)
     assert report.same_answers == 3
     assert report.notes == ["a note"]
