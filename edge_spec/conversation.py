@@ -22,6 +22,7 @@ class StreamIds(Protocol):
         sampling: SamplingParams | None,
         stop: Sequence[str],
         drafter: str | None,
+        reference: Sequence[str],
         on_progress: Progress | None,
         done: Callable[[GenerationResult], None],
     ) -> Stream:
@@ -63,11 +64,18 @@ class Chat:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         drafter: str | None = None,
+        reference: Sequence[str] = (),
         on_progress: Progress | None = None,
     ) -> GenerationResult:
         """Say `text` and wait for the whole answer."""
         stream = self.stream(
-            text, max_tokens=max_tokens, sampling=sampling, stop=stop, drafter=drafter, on_progress=on_progress
+            text,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            drafter=drafter,
+            reference=reference,
+            on_progress=on_progress,
         )
         for _ in stream:
             pass
@@ -81,9 +89,10 @@ class Chat:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         drafter: str | None = None,
+        reference: Sequence[str] = (),
         on_progress: Progress | None = None,
     ) -> Stream:
-        """Say `text`; the answer streams.
+        """Say `text`; the answer streams. `drafter` and `reference` are for this turn, as in `Engine.stream`.
 
         Both enter the conversation when the answer has ended. Raises ContextLengthError if the conversation no longer
         fits the window; it is then as it was before.
@@ -106,6 +115,7 @@ class Chat:
             sampling=sampling,
             stop=stop,
             drafter=drafter,
+            reference=reference,
             on_progress=on_progress,
             done=done,
         )

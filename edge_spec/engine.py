@@ -14,7 +14,7 @@ from edge_spec.cores import check_threads
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter, NoDrafter
 from edge_spec.decoding.session import Session
-from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
+from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner, ReferenceDrafter
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, Stream, make_result
 from edge_spec.loading import (
@@ -29,11 +29,13 @@ from edge_spec.loading import (
     machine_key,
 )
 from edge_spec.store import DEFAULT_PAIR, Store
-from edge_spec.tokenizer import check_same_vocabulary
+from edge_spec.tokenizer import Tokenizer, check_same_vocabulary
 from edge_spec.types import GenerationResult, ModelSpec, Progress, SamplingParams
 
 BACKENDS = ("onnx", "llama")
-DRAFTERS = ("none", "lookup", "model", "auto")
+DRAFTERS = ("none", "lookup", "reference", "model", "auto")
+COPYING = ("reference", "auto")
+"""Those that copy from references."""
 
 DRAFT_TOKENS, LOOKUP_TOKENS = 3, 7
 """Lengths of drafts where no planner chooses them."""
@@ -44,12 +46,21 @@ class Engine:
     """A loaded target, its draft and their caches. Made by `load`; a context manager; for one generation at a time."""
 
     def __init__(
-        self, info: EngineInfo, source: Source, target: Session, drafters: dict[str, Drafter], kept: _KeptCosts
+        self,
+        info: EngineInfo,
+        source: Source,
+        target: Session,
+        drafters: dict[str, Drafter],
+        kept: _KeptCosts,
+        *,
+        default: str,
     ) -> None:
         self.info = info
         self._source = source
         self._target = target
         self._drafters = drafters
+        self._default = default
+        self._references = _References(source.tokenizer)
         self._kept = kept
         kept.restore(drafters["auto"])
 
@@ -75,10 +86,11 @@ class Engine:
         on the onnx backend exports it into the store.
 
         `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
-        "lookup", "model" or "none"; the draft is loaded for "auto" and "model". `draft_tokens` is the longest draft of
-        the model. `threads` defaults to the physical cores, `n_ctx` to 4,096 tokens or the model's own limit.
-        `recipe` (of the target) defaults to 4 bits, or 8 where the source has more than 6. `pad_rows=False` gives up
-        bit-for-bit equality between drafters at temperature 0 for a little speed of plain decoding.
+        "lookup", "reference" (texts that come with each prompt), "model" or "none"; the draft is loaded for "auto" and
+        "model". `draft_tokens` is the longest draft of the model. `threads` defaults to the physical cores, `n_ctx` to
+        4,096 tokens or the model's own limit. `recipe` (of the target) defaults to 4 bits, or 8 where the source has
+        more than 6. `pad_rows=False` gives up bit-for-bit equality between drafters at temperature 0 for a little speed
+        of plain decoding.
 
         Raises ModelNotFoundError (with the command that fetches it), VocabMismatchError, BackendUnavailableError,
         UnsupportedArchitectureError, ModelFormatError, UsageError, StorageError.
@@ -131,7 +143,6 @@ class Engine:
                 model = ModelDrafter(Session(drafting.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
             opened.pop_all()
         drafters = _make_drafters(loaded.model.spec, model, draft_tokens or PLANNED_TOKENS)
-        drafters["default"] = drafters[drafter]
         info = EngineInfo(
             target=source.name,
             draft=draft_source.name if draft_source else None,
@@ -146,7 +157,7 @@ class Engine:
         )
         names = f"{source.sha256} {loaded.backend} {loaded.recipe} | {draft_source.sha256 if draft_source else None}"
         costs = _KeptCosts(CacheFile(store.cache_dir / "costs.json"), f"{machine_key(threads)} | {names}")
-        return cls(info, source, Session(loaded.model), drafters, costs)
+        return cls(info, source, Session(loaded.model), drafters, costs, default=drafter)
 
     def __enter__(self) -> Engine:
         return self
@@ -166,13 +177,16 @@ class Engine:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         drafter: str | None = None,
+        reference: Sequence[str] = (),
         on_progress: Progress | None = None,
     ) -> Stream:
         """Answer `prompt`; text comes as it is written.
 
         The prompt is a user's message, after `system` if given, in the model's chat template; with `raw` it is the
         text to continue. Ends at the end of the turn, a `stop` string, `max_tokens` or a full window. `sampling`
-        defaults to greedy. `on_progress(read, to_read)` is called while the prompt is read; False cancels.
+        defaults to greedy. `reference`: texts that the answer is likely to copy from (a file to edit, what was
+        retrieved), whether or not the prompt holds them; they change its speed only. `on_progress(read, to_read)` is
+        called while the prompt is read; False cancels.
         Raises UsageError and ContextLengthError at the call.
         """
         if raw and system is not None:
@@ -190,6 +204,7 @@ class Engine:
             sampling=sampling,
             stop=stop,
             drafter=drafter,
+            reference=reference,
             on_progress=on_progress,
         )
 
@@ -203,6 +218,7 @@ class Engine:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         drafter: str | None = None,
+        reference: Sequence[str] = (),
         on_progress: Progress | None = None,
     ) -> GenerationResult:
         """`stream`, read to its end."""
@@ -214,6 +230,7 @@ class Engine:
             sampling=sampling,
             stop=stop,
             drafter=drafter,
+            reference=reference,
             on_progress=on_progress,
         )
         for _ in stream:
@@ -261,10 +278,12 @@ class Engine:
         stop: Sequence[str],
         on_progress: Progress | None,
         drafter: str | None = None,
+        reference: Sequence[str] = (),
         done: Callable[[GenerationResult], None] | None = None,
     ) -> Stream:
         tokenizer, info = self._source.tokenizer, self.info
-        decoder = SpeculativeDecoder(self._target, self._choose_drafter(drafter))
+        decoder = SpeculativeDecoder(self._target, self._choose_drafter(drafter, reference))
+        references = self._references.ids(reference)
         refused = self._target.num_refused_rollbacks
 
         def finish(stream: Stream) -> GenerationResult:
@@ -281,6 +300,7 @@ class Engine:
                 sampling=sampling,
                 max_tokens=max_tokens,
                 stop_ids=tokenizer.stop_ids,
+                references=references,
                 cancelled=cancelled,
                 on_progress=on_progress,
             ),
@@ -290,13 +310,33 @@ class Engine:
             finish,
         )
 
-    def _choose_drafter(self, name: str | None) -> Drafter:
-        if name is None:
-            return self._drafters["default"]
+    def _choose_drafter(self, name: str | None, reference: Sequence[str]) -> Drafter:
+        name = name or self._default
         _check_choice("drafter", name, DRAFTERS)
+        if isinstance(reference, str) or not all(isinstance(text, str) for text in reference):
+            raise UsageError("reference is a list of texts")
+        if reference and name not in COPYING:
+            raise UsageError(f"the drafter {name!r} copies from no reference: use {' or '.join(COPYING)}")
+        if name == "reference" and not reference:
+            raise UsageError("the drafter 'reference' needs texts to copy from: give it reference=[...]")
         if name == "model" and name not in self._drafters:
             raise UsageError("no draft model was loaded: load the engine with a draft, or use 'lookup'")
         return self._drafters[name]
+
+
+class _References:
+    """The callers' texts as ids; those of the last call are kept, since the next often brings them again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: tuple[str, ...] = ()
+        self._ids: tuple[tuple[int, ...], ...] = ()
+
+    def ids(self, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        if tuple(texts) != self._texts:
+            self._texts = tuple(texts)
+            self._ids = tuple(tuple(self._tokenizer.encode(text)) for text in texts if text)
+        return self._ids
 
 
 class _KeptCosts:
@@ -324,9 +364,19 @@ def _make_drafters(target: ModelSpec, model: ModelDrafter | None, planned_tokens
         return Costs(max_rows=target.max_rows, alignment=target.row_alignment or 1, draft_share=share)
 
     planner = Planner(
-        costs(), LookupDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True), model, fixed=costs(), max_draft=planned_tokens
+        costs(),
+        LookupDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True),
+        model,
+        more=[ReferenceDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)],
+        fixed=costs(),
+        max_draft=planned_tokens,
     )
-    drafters = {"none": NoDrafter(), "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS), "auto": planner}
+    drafters: dict[str, Drafter] = {
+        "none": NoDrafter(),
+        "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
+        "reference": ReferenceDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
+        "auto": planner,
+    }
     return drafters | ({"model": model} if model is not None else {})
 
 

@@ -92,7 +92,7 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
         "pad_rows": True,
     }
     assert engine.options == [
-        {"system": None, "raw": False, "max_tokens": None, "sampling": SamplingParams(), "stop": ()}
+        {"system": None, "raw": False, "max_tokens": None, "sampling": SamplingParams(), "stop": (), "reference": ()}
     ]
 
 
@@ -141,6 +141,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
             "raw": False,
             "max_tokens": 7,
             "stop": ("A", "B"),
+            "reference": (),
             "sampling": SamplingParams(
                 temperature=0.5,
                 top_k=4,
@@ -370,3 +371,34 @@ def test_closed_standard_streams_are_no_traceback(args: tuple[str, ...], monkeyp
     with pytest.raises(SystemExit) as ended:
         main(args)
     assert ended.value.code == (2 if args == ("generate",) else 0)
+
+
+def test_references_are_read_and_given_to_the_engine(engine: FakeEngine, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("Grüße\n", "utf-8")
+    (tmp_path / "two.py").write_text("x = 1", "utf-8")
+    files = f"--reference {tmp_path}/one.txt --reference {tmp_path}/two.py".split()
+    assert run("generate", "x", *files).code == 0
+    assert engine.options[0]["reference"] == ("Grüße\n", "x = 1")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--reference", "nowhere.txt"], "the reference nowhere.txt cannot be read"),
+        (["--reference", "{folder}/empty.txt"], "is empty"),
+        (["--reference", "{folder}/bytes.bin"], "cannot be read"),
+        (["--reference", "{folder}/text.txt", "--drafter", "lookup"], "--drafter lookup copies from no reference"),
+        (["--drafter", "reference"], "give --reference FILE"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "x"], ["chat"]])
+def test_a_reference_of_no_use_is_refused_before_anything_loads(
+    engine: FakeEngine, tmp_path: Path, command: list[str], args: list[str], says: str
+) -> None:
+    (tmp_path / "empty.txt").write_text(" \n", "utf-8")
+    (tmp_path / "text.txt").write_text("text", "utf-8")
+    (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe\x00")
+    transcript = run(*command, *(arg.format(folder=tmp_path) for arg in args))
+    assert transcript.code == 2
+    assert says in transcript.err
+    assert engine.loaded_with is None

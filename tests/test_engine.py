@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,6 +224,41 @@ def test_each_turn_of_a_chat_may_choose_its_drafter(engine: Engine) -> None:
     assert "model" in chat.send(PROMPTS[1], max_tokens=8, drafter="model").drafters
 
 
+# References
+
+
+def test_a_reference_changes_the_passes_and_not_the_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = engine.generate(PROMPTS[2], max_tokens=40, drafter="none")
+    assert engine.generate(PROMPTS[2], max_tokens=40, reference=["is it sorted?", ""]).token_ids == plain.token_ids
+
+    # Random models write what is no text, so a text would not be tokenised into what they write.
+    monkeypatch.setattr(engine._references, "ids", lambda texts: (tuple(plain.token_ids),) if texts else ())
+    chat = engine.chat()
+    for drafter in ("reference", "auto"):
+        helped = engine.generate(PROMPTS[2], max_tokens=40, drafter=drafter, reference=["that text"])
+        assert helped.token_ids == plain.token_ids
+        assert helped.drafters["reference"].accepted > 0
+        assert helped.steps < plain.steps
+        assert "reference" in chat.send(PROMPTS[2], max_tokens=8, drafter=drafter, reference=["that text"]).drafters
+        chat.reset()
+    assert "reference" not in chat.send(PROMPTS[2], max_tokens=8).drafters, "it was given for one turn"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"reference": "a text"}, "a list of texts"),
+        ({"reference": [b"bytes"]}, "a list of texts"),
+        ({"reference": ["a"], "drafter": "lookup"}, "use reference or auto"),
+        ({"reference": ["a"], "drafter": "none"}, "use reference or auto"),
+        ({"drafter": "reference"}, "needs texts to copy from"),
+    ],
+)
+def test_references_that_nobody_would_copy_from_are_refused(engine: Engine, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        engine.stream(PROMPTS[0], **options)
+
+
 # Conversations
 
 
@@ -314,7 +350,7 @@ def test_a_padded_tail_does_not_matter(models: Path, tmp_path: Path) -> None:
     ("options", "says"),
     [
         ({"backend": "cuda"}, "onnx, llama"),
-        ({"drafter": "magic"}, "none, lookup, model, auto"),
+        ({"drafter": "magic"}, "none, lookup, reference, model, auto"),
         ({"drafter": "model"}, "needs a draft model"),
         ({"drafter": "none", "draft": "draft.gguf"}, "no use for a draft"),
         ({"pair": "qwen2.5-coder"}, "not both"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edge_spec.generation import Stream
 
 PLAIN = "none"
+_COPYING = ("auto", "reference")
 _WARM_UP, _WARM_UP_TOKENS = "Count from one to twenty.", 8
 
 
@@ -131,8 +132,8 @@ def _run(engine: Engine, prompt: Prompt, drafter: str, max_tokens: int) -> Run:
 
 def _speaker(engine: Engine, prompt: Prompt, drafter: str, max_tokens: int) -> Callable[[str], Stream]:
     """Takes a turn of this prompt; a single one goes the way of `generate`, several that of `chat`."""
-    greedy = SamplingParams()
-    if len(prompt.turns) == 1:
-        return lambda text: engine.stream(text, max_tokens=max_tokens, sampling=greedy, drafter=drafter)
-    chat = engine.chat()
-    return lambda text: chat.stream(text, max_tokens=max_tokens, sampling=greedy, drafter=drafter)
+    say = engine.stream if len(prompt.turns) == 1 else engine.chat().stream
+    reference = prompt.reference if drafter in _COPYING else ()
+    return lambda text: say(
+        text, max_tokens=max_tokens, sampling=SamplingParams(), drafter=drafter, reference=reference
+    )

@@ -58,6 +58,8 @@ def bench(
     prompts = choose(
         read_workload(workload) if workload is not None else sample_workload(), tasks=_names(tasks), limit=limit
     )
+    if drafter is DrafterName.REFERENCE and (bare := [prompt.id for prompt in prompts if not prompt.reference]):
+        raise UsageError(f"--drafter reference needs prompts with a reference: {bare[0]} has none")
     engine = options.load_engine(
         ProgressDisplay(),
         pair=pair,

@@ -34,6 +34,7 @@ def chat(
     ctx: options.CtxOption = None,
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
+    reference: options.ReferenceOption = None,
     no_pad: options.NoPadOption = False,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
@@ -58,6 +59,7 @@ def chat(
         }
     )
     stops = options.stop_strings(stop)
+    references = options.reference_texts(reference, drafter)
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with _quiet_keyboard() if on_terminal else nullcontext():
         engine = options.load_engine(
@@ -81,6 +83,8 @@ def chat(
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stops,
+            reference=references,
+            copies=drafter in options.COPYING,
         )
         remark(banner(engine.info))
         remark_notes(engine.info.notes)

@@ -41,6 +41,7 @@ def generate(
     ctx: options.CtxOption = None,
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
+    reference: options.ReferenceOption = None,
     no_pad: options.NoPadOption = False,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
@@ -68,6 +69,7 @@ def generate(
     )
     sampling = replace(SamplingParams(), **chosen)
     stops = options.stop_strings(stop)
+    references = options.reference_texts(reference, drafter)
     text = _read_prompt(prompt, raw=raw)
     if idle := options.idle_choices(chosen, sampling):
         remark_notes([idle])
@@ -95,6 +97,7 @@ def generate(
                 max_tokens=max_tokens,
                 sampling=sampling,
                 stop=stops,
+                reference=references,
                 on_progress=progress.prefill,
             )
             outcome = follow(stream, _discard) if as_json else show(stream, progress)

@@ -34,6 +34,7 @@ class DrafterName(StrEnum):
 
     NONE = "none"
     LOOKUP = "lookup"
+    REFERENCE = "reference"
     MODEL = "model"
     AUTO = "auto"
 
@@ -77,6 +78,13 @@ NoPadOption = Annotated[
 DrafterOption = Annotated[DrafterName, typer.Option(help="What proposes tokens.", rich_help_panel=_SPECULATION)]
 DraftTokensOption = Annotated[
     int | None, typer.Option(min=1, help="Tokens proposed a step.", rich_help_panel=_SPECULATION)
+]
+ReferenceOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A text file that answers may copy from, which makes them faster; may be given several times.",
+        rich_help_panel=_SPECULATION,
+    ),
 ]
 SystemOption = Annotated[str | None, typer.Option(help="System message.", rich_help_panel=_TEXT)]
 MaxTokensOption = Annotated[
@@ -152,6 +160,30 @@ def stop_strings(stop: Sequence[str] | None) -> tuple[str, ...]:
     if stop and not all(stop):
         raise UsageError("--stop needs a text that is not empty")
     return tuple(stop or ())
+
+
+COPYING = (DrafterName.AUTO, DrafterName.REFERENCE)
+"""Drafters that copy from references."""
+
+
+def reference_texts(files: Sequence[Path] | None, drafter: DrafterName) -> tuple[str, ...]:
+    """The files' texts. Raises UsageError for one that cannot be read, and where the drafter has no use for them."""
+    if files and drafter not in COPYING:
+        raise UsageError(f"--drafter {drafter.value} copies from no reference: drop one of the two")
+    if drafter is DrafterName.REFERENCE and not files:
+        raise UsageError("--drafter reference needs a text to copy from: give --reference FILE")
+    return tuple(map(read_reference, files or ()))
+
+
+def read_reference(file: Path) -> str:
+    """The text of one file. Raises UsageError."""
+    try:
+        text = file.expanduser().read_text("utf-8")
+    except (OSError, RuntimeError, ValueError) as exc:
+        raise UsageError(f"the reference {file} cannot be read: {exc}") from exc
+    if not text.strip():
+        raise UsageError(f"the reference {file} is empty")
+    return text
 
 
 def load_engine(

@@ -5,5 +5,6 @@ from edge_spec.drafting.costs import Costs
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
 from edge_spec.drafting.planner import Planner
+from edge_spec.drafting.reference import ReferenceDrafter
 
-__all__ = ["Costs", "Drafter", "LookupDrafter", "ModelDrafter", "NoDrafter", "Planner", "Request"]
+__all__ = ["Costs", "Drafter", "LookupDrafter", "ModelDrafter", "NoDrafter", "Planner", "ReferenceDrafter", "Request"]
