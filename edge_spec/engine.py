@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 
+from edge_spec.answer_file import AnswerFile
 from edge_spec.cache_file import CacheFile
 from edge_spec.conversation import Chat
 from edge_spec.cores import check_threads
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter, NoDrafter
 from edge_spec.decoding.session import Session
-from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner, ReferenceDrafter
+from edge_spec.drafting import (
+    Costs,
+    HistoryDrafter,
+    LookupDrafter,
+    ModelDrafter,
+    PastAnswers,
+    Planner,
+    ReferenceDrafter,
+)
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, Stream, make_result
 from edge_spec.loading import (
@@ -33,9 +43,11 @@ from edge_spec.tokenizer import Tokenizer, check_same_vocabulary
 from edge_spec.types import GenerationResult, ModelSpec, Progress, SamplingParams
 
 BACKENDS = ("onnx", "llama")
-DRAFTERS = ("none", "lookup", "reference", "model", "auto")
+DRAFTERS = ("none", "lookup", "reference", "history", "model", "auto")
 COPYING = ("reference", "auto")
 """Those that copy from references."""
+
+_NO_HISTORY = "the drafter 'history' needs one: load the engine with history=True (--history)"
 
 DRAFT_TOKENS, LOOKUP_TOKENS = 3, 7
 """Lengths of drafts where no planner chooses them."""
@@ -54,12 +66,14 @@ class Engine:
         kept: _KeptCosts,
         *,
         default: str,
+        past: PastAnswers | None = None,
     ) -> None:
         self.info = info
         self._source = source
         self._target = target
         self._drafters = drafters
         self._default = default
+        self._past = past
         self._references = _References(source.tokenizer)
         self._kept = kept
         kept.restore(drafters["auto"])
@@ -78,6 +92,7 @@ class Engine:
         n_ctx: int | None = None,
         recipe: str | None = None,
         pad_rows: bool = True,
+        history: bool = False,
         on_progress: StageProgress | None = None,
     ) -> Engine:
         """Load a pair by its name (default: qwen2.5-coder), or `target` and, if wanted, `draft`.
@@ -86,11 +101,14 @@ class Engine:
         on the onnx backend exports it into the store.
 
         `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
-        "lookup", "reference" (texts that come with each prompt), "model" or "none"; the draft is loaded for "auto" and
-        "model". `draft_tokens` is the longest draft of the model. `threads` defaults to the physical cores, `n_ctx` to
-        4,096 tokens or the model's own limit. `recipe` (of the target) defaults to 4 bits, or 8 where the source has
-        more than 6. `pad_rows=False` gives up bit-for-bit equality between drafters at temperature 0 for a little speed
-        of plain decoding.
+        "lookup", "reference" (texts that come with each prompt), "history", "model" or "none"; the draft is loaded for
+        "auto" and "model". `draft_tokens` is the longest draft of the model. `threads` defaults to the physical cores,
+        `n_ctx` to 4,096 tokens or the model's own limit. `recipe` (of the target) defaults to 4 bits, or 8 where the
+        source has more than 6. `pad_rows=False` gives up bit-for-bit equality between drafters at temperature 0 for a
+        little speed of plain decoding.
+
+        `history` keeps the ids of every answer in a file of at most 4 MiB that only this user may read, and lets
+        "auto" and "history" copy from it: `edge-spec history` shows and clears it.
 
         Raises ModelNotFoundError (with the command that fetches it), VocabMismatchError, BackendUnavailableError,
         UnsupportedArchitectureError, ModelFormatError, UsageError, StorageError.
@@ -103,6 +121,8 @@ class Engine:
         if draft_tokens is not None and not 1 <= draft_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens={draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
         threads = check_threads(threads)
+        if drafter == "history" and not history:
+            raise UsageError(_NO_HISTORY)
         if not pad_rows and backend == "llama":
             raise UsageError("the llama backend never pads: leave pad_rows alone")
 
@@ -142,7 +162,8 @@ class Engine:
                 notes += drafting.notes
                 model = ModelDrafter(Session(drafting.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
             opened.pop_all()
-        drafters = _make_drafters(loaded.model.spec, model, draft_tokens or PLANNED_TOKENS)
+        past = _past_answers(store, source.tokenizer) if history else None
+        drafters = _make_drafters(loaded.model.spec, model, past, draft_tokens or PLANNED_TOKENS)
         info = EngineInfo(
             target=source.name,
             draft=draft_source.name if draft_source else None,
@@ -157,7 +178,7 @@ class Engine:
         )
         names = f"{source.sha256} {loaded.backend} {loaded.recipe} | {draft_source.sha256 if draft_source else None}"
         costs = _KeptCosts(CacheFile(store.cache_dir / "costs.json"), f"{machine_key(threads)} | {names}")
-        return cls(info, source, Session(loaded.model), drafters, costs, default=drafter)
+        return cls(info, source, Session(loaded.model), drafters, costs, default=drafter, past=past)
 
     def __enter__(self) -> Engine:
         return self
@@ -290,6 +311,7 @@ class Engine:
             result = make_result(stream, prompt_tokens=len(prompt_ids), info=info)
             if self._target.num_refused_rollbacks > refused:
                 result.notes.append("the backend could not drop tokens from its cache, so the context was read again")
+            self._remember(result)
             if done is not None:
                 done(result)
             return result
@@ -310,6 +332,11 @@ class Engine:
             finish,
         )
 
+    def _remember(self, result: GenerationResult) -> None:
+        if self._past is not None:
+            self._past.add(result.token_ids)
+            result.notes.extend(self._past.take_problems())
+
     def _choose_drafter(self, name: str | None, reference: Sequence[str]) -> Drafter:
         name = name or self._default
         _check_choice("drafter", name, DRAFTERS)
@@ -319,6 +346,8 @@ class Engine:
             raise UsageError(f"the drafter {name!r} copies from no reference: use {' or '.join(COPYING)}")
         if name == "reference" and not reference:
             raise UsageError("the drafter 'reference' needs texts to copy from: give it reference=[...]")
+        if name == "history" and name not in self._drafters:
+            raise UsageError(_NO_HISTORY)
         if name == "model" and name not in self._drafters:
             raise UsageError("no draft model was loaded: load the engine with a draft, or use 'lookup'")
         return self._drafters[name]
@@ -356,18 +385,29 @@ class _KeptCosts:
             self._cache.put(self._key, learnt)
 
 
-def _make_drafters(target: ModelSpec, model: ModelDrafter | None, planned_tokens: int) -> dict[str, Drafter]:
+def _past_answers(store: Store, tokenizer: Tokenizer) -> PastAnswers:
+    """The answers in this vocabulary: ids mean nothing in another one."""
+    vocabulary = sha256("\0".join(tokenizer.tokens()).encode("utf-8", "surrogatepass")).hexdigest()
+    return PastAnswers(AnswerFile(store.history_dir / f"{vocabulary[:16]}.ids"))
+
+
+def _make_drafters(
+    target: ModelSpec, model: ModelDrafter | None, past: PastAnswers | None, planned_tokens: int
+) -> dict[str, Drafter]:
     """Every drafter by its name; "auto" plans with all of them."""
 
     def costs() -> Costs:
         share = model.session.spec.weight_bytes / target.weight_bytes if model else 0.0
         return Costs(max_rows=target.max_rows, alignment=target.row_alignment or 1, draft_share=share)
 
+    more: list[Drafter] = [ReferenceDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)]
+    if past is not None:
+        more.append(HistoryDrafter(past, max_draft=MAX_DRAFT_TOKENS, bold=True))
     planner = Planner(
         costs(),
         LookupDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True),
         model,
-        more=[ReferenceDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)],
+        more=more,
         fixed=costs(),
         max_draft=planned_tokens,
     )
@@ -377,7 +417,11 @@ def _make_drafters(target: ModelSpec, model: ModelDrafter | None, planned_tokens
         "reference": ReferenceDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
         "auto": planner,
     }
-    return drafters | ({"model": model} if model is not None else {})
+    if past is not None:
+        drafters["history"] = HistoryDrafter(past, max_draft=LOOKUP_TOKENS)
+    if model is not None:
+        drafters["model"] = model
+    return drafters
 
 
 def _notes_on(source: Source, loaded: LoadedModel, drafter: str) -> list[str]:

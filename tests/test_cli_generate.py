@@ -90,6 +90,7 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
         "threads": None,
         "n_ctx": None,
         "pad_rows": True,
+        "history": False,
     }
     assert engine.options == [
         {"system": None, "raw": False, "max_tokens": None, "sampling": SamplingParams(), "stop": (), "reference": ()}
@@ -121,7 +122,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
         "--frequency-penalty 0.3 --seed 9"
     )
-    transcript = run("generate", "x", *f"{load} --ctx 99 --no-pad {text} {sampling}".split())
+    transcript = run("generate", "x", *f"{load} --ctx 99 --no-pad --history {text} {sampling}".split())
     assert transcript.code == 0
     assert engine.loaded_with == {
         "pair": None,
@@ -134,6 +135,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "threads": 3,
         "n_ctx": 99,
         "pad_rows": False,
+        "history": True,
     }
     assert engine.options == [
         {

@@ -6,18 +6,23 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from edge_spec.answer_file import AnswerFile
 from edge_spec.decoding import SpeculativeDecoder, Step
 from edge_spec.decoding.session import PREFILL_CHUNK, Session
 from edge_spec.drafting import (
     Costs,
     Drafter,
+    HistoryDrafter,
     LookupDrafter,
     ModelDrafter,
     NoDrafter,
+    PastAnswers,
     Planner,
     ReferenceDrafter,
     Request,
@@ -106,6 +111,25 @@ class References(ReferenceDrafter):
         super().start(replace(request, references=self._texts))
 
 
+class OldAnswers(AnswerFile):
+    """Answers that were never in a file."""
+
+    def __init__(self, *answers: Sequence[int]) -> None:
+        super().__init__(Path("nowhere"))
+        self._answers = answers
+
+    def read(self) -> list[NDArray[np.int32]]:
+        return [np.array(answer, np.int32) for answer in self._answers]
+
+
+def history(n_vocab: int, seed: int, *, bold: bool = False) -> HistoryDrafter:
+    """Copies from what such a model wrote, and from noise."""
+    rng = random.Random(seed)
+    written = greedy_text(FakeLM(n_vocab, seed=seed // 7), [rng.randrange(n_vocab)], 40, SamplingParams())
+    answers = OldAnswers(rng.choices(range(n_vocab), k=40), written)
+    return HistoryDrafter(PastAnswers(answers), max_draft=1 + seed % 7, bold=bold)
+
+
 DRAFTERS: dict[str, Callable[[int, int], Drafter]] = {
     "none": lambda n_vocab, seed: NoDrafter(),
     "random": RandomDrafter,
@@ -117,6 +141,8 @@ DRAFTERS: dict[str, Callable[[int, int], Drafter]] = {
     "planner": lambda n_vocab, seed: planner(model_drafter(n_vocab, seed // 7)),
     "planner without a model": lambda n_vocab, seed: planner(None),
     "reference": References,
+    "history": history,
+    "planner with history": lambda n_vocab, seed: planner(None, history(n_vocab, seed, bold=True)),
     "planner with references": lambda n_vocab, seed: planner(
         model_drafter(n_vocab, seed // 7), References(n_vocab, seed - seed % 2)
     ),

@@ -259,6 +259,49 @@ def test_references_that_nobody_would_copy_from_are_refused(engine: Engine, opti
         engine.stream(PROMPTS[0], **options)
 
 
+# History
+
+
+def test_answers_of_the_past_save_passes_now_and_after_a_restart(models: Path) -> None:
+    def load(**options: Any) -> Engine:
+        return Engine.load(target=models / "target.gguf", recipe="int8", threads=1, **options)
+
+    folder = models / "home" / "history"
+    with load(drafter="lookup") as without:
+        plain = without.generate(PROMPTS[2], max_tokens=40, drafter="none")
+        with pytest.raises(UsageError, match="history=True"):
+            without.stream("x", drafter="history")
+    assert not folder.exists(), "nothing is kept unless it was asked for"
+    with load(drafter="history", history=True) as first:
+        assert "history" not in first.generate(PROMPTS[2], max_tokens=40).drafters
+        again = first.generate(PROMPTS[2], max_tokens=40)
+    with load(drafter="auto", history=True) as second:
+        later = second.generate(PROMPTS[2], max_tokens=40)
+    for result in (again, later):
+        assert result.token_ids == plain.token_ids
+        assert result.drafters["history"].accepted > 0
+        assert result.steps < plain.steps
+    (file,) = folder.glob("*.ids")
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_history_that_cannot_be_used_costs_no_answer_and_is_noted(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models / "home", tmp_path / "home", ignore=shutil.ignore_patterns("history"))
+    (tmp_path / "home" / "history").write_text("in the way")
+    monkeypatch.setenv("EDGE_SPEC_HOME", str(tmp_path / "home"))
+    with Engine.load(target=models / "target.gguf", recipe="int8", threads=1, history=True) as engine:
+        result = engine.generate(PROMPTS[2], max_tokens=20)
+    assert result.generated_tokens
+    assert any("was not kept for later drafts" in note for note in result.notes)
+
+
+def test_the_drafter_history_needs_a_history(models: Path) -> None:
+    with pytest.raises(UsageError, match="history=True"):
+        Engine.load(target=models / "target.gguf", drafter="history")
+
+
 # Conversations
 
 
@@ -350,7 +393,7 @@ def test_a_padded_tail_does_not_matter(models: Path, tmp_path: Path) -> None:
     ("options", "says"),
     [
         ({"backend": "cuda"}, "onnx, llama"),
-        ({"drafter": "magic"}, "none, lookup, reference, model, auto"),
+        ({"drafter": "magic"}, "none, lookup, reference, history, model, auto"),
         ({"drafter": "model"}, "needs a draft model"),
         ({"drafter": "none", "draft": "draft.gguf"}, "no use for a draft"),
         ({"pair": "qwen2.5-coder"}, "not both"),

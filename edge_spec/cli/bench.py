@@ -51,6 +51,8 @@ def bench(
 
     if drafter is DrafterName.NONE:
         raise UsageError("--drafter none is what the others are compared with: choose one that drafts")
+    if drafter is DrafterName.HISTORY:
+        raise UsageError("--drafter history would copy the answers of the run before: it tells nothing")
     if plot is not None:
         from edge_spec.benchmark.plot import require_plotting
 

@@ -35,6 +35,7 @@ def chat(
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
     reference: options.ReferenceOption = None,
+    history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
@@ -74,6 +75,7 @@ def chat(
             threads=threads,
             ctx=ctx,
             no_pad=no_pad,
+            history=history,
         )
     with engine:
         sampling = replace(engine.info.chat_sampling, **chosen)

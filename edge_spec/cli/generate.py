@@ -42,6 +42,7 @@ def generate(
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
     reference: options.ReferenceOption = None,
+    history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
@@ -87,6 +88,7 @@ def generate(
         threads=threads,
         ctx=ctx,
         no_pad=no_pad,
+        history=history,
     )
     with engine:
         with progress:

@@ -35,6 +35,7 @@ class DrafterName(StrEnum):
     NONE = "none"
     LOOKUP = "lookup"
     REFERENCE = "reference"
+    HISTORY = "history"
     MODEL = "model"
     AUTO = "auto"
 
@@ -83,6 +84,14 @@ ReferenceOption = Annotated[
     list[Path] | None,
     typer.Option(
         help="A text file that answers may copy from, which makes them faster; may be given several times.",
+        rich_help_panel=_SPECULATION,
+    ),
+]
+HistoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--history",
+        help="Keep the answers on this machine, for you alone, and let later ones copy from them.",
         rich_help_panel=_SPECULATION,
     ),
 ]
@@ -199,6 +208,7 @@ def load_engine(
     threads: int | None,
     ctx: int | None,
     no_pad: bool,
+    history: bool = False,
 ) -> Engine:
     """`Engine.load` with the command line's options. Raises what that raises, and UsageError for contradictions."""
     if pair is not None and target is not None:
@@ -217,6 +227,7 @@ def load_engine(
             threads=threads,
             n_ctx=ctx,
             pad_rows=not no_pad,
+            history=history,
             on_progress=progress.stage,
         )
 

@@ -23,7 +23,7 @@ class Corpus:
     16 bytes. `order` is the shortest match that can be found.
     """
 
-    def __init__(self, texts: Iterable[Sequence[int]], *, order: int) -> None:
+    def __init__(self, texts: Iterable[Sequence[int] | NDArray[np.int32]], *, order: int) -> None:
         assert 1 <= order * _ID_BITS <= 63
         self._order = order
         self._tokens = _joined(texts)
@@ -71,7 +71,7 @@ class Corpus:
         return tokens[: tokens.index(_BETWEEN)] if _BETWEEN in tokens else tokens
 
 
-def _joined(texts: Iterable[Sequence[int]]) -> NDArray[np.int32]:
+def _joined(texts: Iterable[Sequence[int] | NDArray[np.int32]]) -> NDArray[np.int32]:
     """All texts, each followed by the mark that ends it."""
     between = np.array([_BETWEEN], np.int32)
     parts = [part for text in texts for part in (np.asarray(text, np.int32), between)]

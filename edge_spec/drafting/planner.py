@@ -16,12 +16,15 @@ from operator import mul
 from edge_spec.decoding.drafter import Drafter, Request
 from edge_spec.drafting.acceptance import Acceptance, Scale
 from edge_spec.drafting.costs import Costs
+from edge_spec.drafting.history import HistoryDrafter
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
 from edge_spec.types import Context, Draft, Verdict
 
 LOOKUP_SCALE: Scale = ((1, 0.2), (2, 0.45), (3, 0.6), (4, 0.7), (6, 0.78), (9, 0.85), (14, 0.9), (24, 0.95))
 """A lookup's confidence is the length of the match behind a token."""
+HISTORY_SCALE: Scale = ((3, 0.3), (4, 0.4), (6, 0.55), (9, 0.7), (14, 0.85), (24, 0.93))
+"""The same of a history, whose texts are about other things."""
 MODEL_SCALE: Scale = ((0.0, 0.26), (0.3, 0.47), (0.5, 0.68), (0.7, 0.83), (0.85, 0.93), (0.95, 0.975), (0.99, 0.995))
 """A model's confidence is the probability that it gives its most likely token."""
 
@@ -35,6 +38,7 @@ class Book:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.copies: defaultdict[str, Acceptance] = defaultdict(lambda: Acceptance(LOOKUP_SCALE))
+        self.copies[HistoryDrafter.name] = Acceptance(HISTORY_SCALE)
         """By drafter: that one's matches may be worth more than another's, however long they are."""
         self.model = Acceptance(MODEL_SCALE)
         self.rate = 0.0
