@@ -21,6 +21,8 @@ class StreamIds(Protocol):
         max_tokens: int | None,
         sampling: SamplingParams | None,
         stop: Sequence[str],
+        drafter: str | None,
+        reference: Sequence[str],
         on_progress: Progress | None,
         done: Callable[[GenerationResult], None],
     ) -> Stream:
@@ -61,10 +63,20 @@ class Chat:
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        drafter: str | None = None,
+        reference: Sequence[str] = (),
         on_progress: Progress | None = None,
     ) -> GenerationResult:
         """Say `text` and wait for the whole answer."""
-        stream = self.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop, on_progress=on_progress)
+        stream = self.stream(
+            text,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            drafter=drafter,
+            reference=reference,
+            on_progress=on_progress,
+        )
         for _ in stream:
             pass
         return stream.result
@@ -76,9 +88,11 @@ class Chat:
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        drafter: str | None = None,
+        reference: Sequence[str] = (),
         on_progress: Progress | None = None,
     ) -> Stream:
-        """Say `text`; the answer streams.
+        """Say `text`; the answer streams. `drafter` and `reference` are for this turn, as in `Engine.stream`.
 
         Both enter the conversation when the answer has ended. Raises ContextLengthError if the conversation no longer
         fits the window; it is then as it was before.
@@ -96,7 +110,14 @@ class Chat:
             self._ids = prompt_ids + result.token_ids if kept else []
 
         self._answer = self._stream_ids(
-            prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, on_progress=on_progress, done=done
+            prompt_ids,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            drafter=drafter,
+            reference=reference,
+            on_progress=on_progress,
+            done=done,
         )
         return self._answer
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 
+from edge_spec.answer_file import AnswerFile
 from edge_spec.cache_file import CacheFile
 from edge_spec.conversation import Chat
+from edge_spec.cores import check_threads
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter, NoDrafter
 from edge_spec.decoding.session import Session
-from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
+from edge_spec.drafting import (
+    Costs,
+    HistoryDrafter,
+    LookupDrafter,
+    ModelDrafter,
+    PastAnswers,
+    Planner,
+    ReferenceDrafter,
+)
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, Stream, make_result
 from edge_spec.loading import (
     BACKENDS,
+    LoadedModel,
     Loader,
     Source,
     StageProgress,
@@ -28,10 +40,14 @@ from edge_spec.loading import (
     machine_key,
 )
 from edge_spec.store import DEFAULT_PAIR, Store
-from edge_spec.tokenizer import check_same_vocabulary
+from edge_spec.tokenizer import Tokenizer, check_same_vocabulary
 from edge_spec.types import GenerationResult, ModelSpec, Progress, SamplingParams
 
-DRAFTERS = ("none", "lookup", "model", "auto")
+DRAFTERS = ("none", "lookup", "reference", "history", "model", "auto")
+COPYING = ("reference", "auto")
+"""Those that copy from references."""
+
+_NO_HISTORY = "the drafter 'history' needs one: load the engine with history=True (--history)"
 
 DRAFT_TOKENS, LOOKUP_TOKENS = 3, 7
 """Lengths of drafts where no planner chooses them."""
@@ -42,12 +58,23 @@ class Engine:
     """A loaded target, its draft and their caches. Made by `load`; a context manager; for one generation at a time."""
 
     def __init__(
-        self, info: EngineInfo, source: Source, target: Session, drafters: dict[str, Drafter], kept: _KeptCosts
+        self,
+        info: EngineInfo,
+        source: Source,
+        target: Session,
+        drafters: dict[str, Drafter],
+        kept: _KeptCosts,
+        *,
+        default: str,
+        past: PastAnswers | None = None,
     ) -> None:
         self.info = info
         self._source = source
         self._target = target
         self._drafters = drafters
+        self._default = default
+        self._past = past
+        self._references = _References(source.tokenizer)
         self._kept = kept
         kept.restore(drafters["auto"])
 
@@ -65,6 +92,7 @@ class Engine:
         n_ctx: int | None = None,
         recipe: str | None = None,
         pad_rows: bool = True,
+        history: bool = False,
         on_progress: StageProgress | None = None,
     ) -> Engine:
         """Load a pair by its name (default: qwen2.5-coder), or `target` and, if wanted, `draft`.
@@ -73,10 +101,14 @@ class Engine:
         on the onnx or openvino backend exports it into the store.
 
         `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
-        "lookup", "model" or "none"; the draft is loaded for "auto" and "model". `draft_tokens` is the longest draft of
-        the model. `threads` defaults to the physical cores, `n_ctx` to 4,096 tokens or the model's own limit.
-        `recipe` (of the target) defaults to 4 bits, or 8 where the source has more than 6. `pad_rows=False` gives up
-        bit-for-bit equality between drafters at temperature 0 for a little speed of plain decoding.
+        "lookup", "reference" (texts that come with each prompt), "history", "model" or "none"; the draft is loaded for
+        "auto" and "model". `draft_tokens` is the longest draft of the model. `threads` defaults to the physical cores,
+        `n_ctx` to 4,096 tokens or the model's own limit. `recipe` (of the target) defaults to 4 bits, or 8 where the
+        source has more than 6. `pad_rows=False` gives up bit-for-bit equality between drafters at temperature 0 for a
+        little speed of plain decoding.
+
+        `history` keeps the ids of every answer in a file of at most 4 MiB that only this user may read, and lets
+        "auto" and "history" copy from it: `edge-spec history` shows and clears it.
 
         Raises ModelNotFoundError (with the command that fetches it), VocabMismatchError, BackendUnavailableError,
         UnsupportedArchitectureError, ModelFormatError, UsageError, StorageError.
@@ -88,8 +120,9 @@ class Engine:
             raise UsageError("a pair names its target: give a pair or a target, not both")
         if draft_tokens is not None and not 1 <= draft_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens={draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads={threads} must be at least 1")
+        threads = check_threads(threads)
+        if drafter == "history" and not history:
+            raise UsageError(_NO_HISTORY)
         if not pad_rows and backend == "llama":
             raise UsageError("the llama backend never pads: leave pad_rows alone")
 
@@ -107,32 +140,30 @@ class Engine:
             raise UsageError("draft_tokens is for the draft model, and no draft model is used")
 
         source = find_source(store, known.target if known else target or "")
-        draft_source = find_source(store, draft) if draft is not None else None
+        draft_source = find_source(store, draft, share=source.tokenizer) if draft is not None else None
         if draft_source is not None:
             check_same_vocabulary(source.tokenizer, draft_source.tokenizer)
         window = choose_n_ctx(source, n_ctx)
-        threads = threads or physical_cores()
         loader = Loader(store=store, backend=backend, threads=threads, progress=on_progress)
 
         chosen = chosen_recipe(recipe, backend, source)
-        loaded = loader.load(source, n_ctx=window, recipe=chosen, aligned=pad_rows)
-        notes = list(loaded.notes)
-        if drafter != "none" and loaded.model.spec.row_alignment is None:
-            notes.append("rows are not padded here: in a near tie, greedy text may differ from plain decoding's")
-        model = None
-        try:
+        with ExitStack() as opened:
+            loaded = loader.load(source, n_ctx=window, recipe=chosen, aligned=pad_rows)
+            opened.callback(loaded.model.close)
+            notes, model = [*_notes_on(source, loaded, drafter), *loaded.notes], None
             if draft_source is not None:
-                draft_window = min(window, draft_source.n_ctx_train)
                 drafting = loader.load(
-                    draft_source, n_ctx=draft_window, recipe=draft_recipe(draft_source), aligned=False
+                    draft_source,
+                    n_ctx=min(window, draft_source.n_ctx_train),
+                    recipe=draft_recipe(draft_source),
+                    aligned=False,
                 )
+                opened.callback(drafting.model.close)
                 notes += drafting.notes
                 model = ModelDrafter(Session(drafting.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
-        except BaseException:
-            loaded.model.close()
-            raise
-        drafters = _make_drafters(loaded.model.spec, model, draft_tokens or PLANNED_TOKENS)
-        drafters["default"] = drafters[drafter]
+            opened.pop_all()
+        past = _past_answers(store, source.tokenizer) if history else None
+        drafters = _make_drafters(loaded.model.spec, model, past, draft_tokens or PLANNED_TOKENS)
         info = EngineInfo(
             target=source.name,
             draft=draft_source.name if draft_source else None,
@@ -146,10 +177,9 @@ class Engine:
             chat_system=known.system if known else None,
         )
         names = f"{source.sha256} {loaded.backend} {loaded.recipe} | {draft_source.sha256 if draft_source else None}"
-        costs = _KeptCosts(
-            CacheFile(store.cache_dir / "costs.json"), f"{machine_key(loaded.backend, threads)} | {names}"
-        )
-        return cls(info, source, Session(loaded.model), drafters, costs)
+        machine = machine_key(loaded.backend, threads)
+        costs = _KeptCosts(CacheFile(store.cache_dir / "costs.json"), f"{machine} | {names}")
+        return cls(info, source, Session(loaded.model), drafters, costs, default=drafter, past=past)
 
     def __enter__(self) -> Engine:
         return self
@@ -169,13 +199,16 @@ class Engine:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         drafter: str | None = None,
+        reference: Sequence[str] = (),
         on_progress: Progress | None = None,
     ) -> Stream:
         """Answer `prompt`; text comes as it is written.
 
         The prompt is a user's message, after `system` if given, in the model's chat template; with `raw` it is the
         text to continue. Ends at the end of the turn, a `stop` string, `max_tokens` or a full window. `sampling`
-        defaults to greedy. `on_progress(read, to_read)` is called while the prompt is read; False cancels.
+        defaults to greedy. `reference`: texts that the answer is likely to copy from (a file to edit, what was
+        retrieved), whether or not the prompt holds them; they change its speed only. `on_progress(read, to_read)` is
+        called while the prompt is read; False cancels.
         Raises UsageError and ContextLengthError at the call.
         """
         if raw and system is not None:
@@ -193,6 +226,7 @@ class Engine:
             sampling=sampling,
             stop=stop,
             drafter=drafter,
+            reference=reference,
             on_progress=on_progress,
         )
 
@@ -206,6 +240,7 @@ class Engine:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         drafter: str | None = None,
+        reference: Sequence[str] = (),
         on_progress: Progress | None = None,
     ) -> GenerationResult:
         """`stream`, read to its end."""
@@ -217,6 +252,7 @@ class Engine:
             sampling=sampling,
             stop=stop,
             drafter=drafter,
+            reference=reference,
             on_progress=on_progress,
         )
         for _ in stream:
@@ -237,6 +273,14 @@ class Engine:
         for session in self._sessions():
             session.forget()
 
+    def unpadded(self) -> AbstractContextManager[None]:
+        """Within the block the target's passes are not padded, as with `pad_rows=False`.
+
+        That is what plain decoding costs where nothing has to be equal to it. The target's cache is forgotten at both
+        ends. Nothing changes where passes are not padded anyway.
+        """
+        return self._target.unpadded()
+
     def close(self) -> None:
         """Keep what was learnt of the machine and give the memory back. Closing twice is not an error."""
         self._kept.keep(self._drafters["auto"])
@@ -256,13 +300,19 @@ class Engine:
         stop: Sequence[str],
         on_progress: Progress | None,
         drafter: str | None = None,
+        reference: Sequence[str] = (),
         done: Callable[[GenerationResult], None] | None = None,
     ) -> Stream:
         tokenizer, info = self._source.tokenizer, self.info
-        decoder = SpeculativeDecoder(self._target, self._choose_drafter(drafter))
+        decoder = SpeculativeDecoder(self._target, self._choose_drafter(drafter, reference))
+        references = self._references.ids(reference)
+        refused = self._target.num_refused_rollbacks
 
         def finish(stream: Stream) -> GenerationResult:
             result = make_result(stream, prompt_tokens=len(prompt_ids), info=info)
+            if self._target.num_refused_rollbacks > refused:
+                result.notes.append("the backend could not drop tokens from its cache, so the context was read again")
+            self._remember(result)
             if done is not None:
                 done(result)
             return result
@@ -273,6 +323,7 @@ class Engine:
                 sampling=sampling,
                 max_tokens=max_tokens,
                 stop_ids=tokenizer.stop_ids,
+                references=references,
                 cancelled=cancelled,
                 on_progress=on_progress,
             ),
@@ -282,13 +333,40 @@ class Engine:
             finish,
         )
 
-    def _choose_drafter(self, name: str | None) -> Drafter:
-        if name is None:
-            return self._drafters["default"]
+    def _remember(self, result: GenerationResult) -> None:
+        if self._past is not None:
+            self._past.add(result.token_ids)
+            result.notes.extend(self._past.take_problems())
+
+    def _choose_drafter(self, name: str | None, reference: Sequence[str]) -> Drafter:
+        name = name or self._default
         _check_choice("drafter", name, DRAFTERS)
+        if isinstance(reference, str) or not all(isinstance(text, str) for text in reference):
+            raise UsageError("reference is a list of texts")
+        if reference and name not in COPYING:
+            raise UsageError(f"the drafter {name!r} copies from no reference: use {' or '.join(COPYING)}")
+        if name == "reference" and not reference:
+            raise UsageError("the drafter 'reference' needs texts to copy from: give it reference=[...]")
+        if name == "history" and name not in self._drafters:
+            raise UsageError(_NO_HISTORY)
         if name == "model" and name not in self._drafters:
             raise UsageError("no draft model was loaded: load the engine with a draft, or use 'lookup'")
         return self._drafters[name]
+
+
+class _References:
+    """The callers' texts as ids; those of the last call are kept, since the next often brings them again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: tuple[str, ...] = ()
+        self._ids: tuple[tuple[int, ...], ...] = ()
+
+    def ids(self, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        if tuple(texts) != self._texts:
+            self._texts = tuple(texts)
+            self._ids = tuple(tuple(self._tokenizer.encode(text)) for text in texts if text)
+        return self._ids
 
 
 class _KeptCosts:
@@ -308,26 +386,53 @@ class _KeptCosts:
             self._cache.put(self._key, learnt)
 
 
-def _make_drafters(target: ModelSpec, model: ModelDrafter | None, planned_tokens: int) -> dict[str, Drafter]:
+def _past_answers(store: Store, tokenizer: Tokenizer) -> PastAnswers:
+    """The answers in this vocabulary: ids mean nothing in another one."""
+    vocabulary = sha256("\0".join(tokenizer.tokens()).encode("utf-8", "surrogatepass")).hexdigest()
+    return PastAnswers(AnswerFile(store.history_dir / f"{vocabulary[:16]}.ids"))
+
+
+def _make_drafters(
+    target: ModelSpec, model: ModelDrafter | None, past: PastAnswers | None, planned_tokens: int
+) -> dict[str, Drafter]:
     """Every drafter by its name; "auto" plans with all of them."""
 
     def costs() -> Costs:
         share = model.session.spec.weight_bytes / target.weight_bytes if model else 0.0
         return Costs(max_rows=target.max_rows, alignment=target.row_alignment or 1, draft_share=share)
 
+    more: list[Drafter] = [ReferenceDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)]
+    if past is not None:
+        more.append(HistoryDrafter(past, max_draft=MAX_DRAFT_TOKENS, bold=True))
     planner = Planner(
-        costs(), LookupDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True), model, fixed=costs(), max_draft=planned_tokens
+        costs(),
+        LookupDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True),
+        model,
+        more=more,
+        fixed=costs(),
+        max_draft=planned_tokens,
     )
-    drafters = {"none": NoDrafter(), "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS), "auto": planner}
-    return drafters | ({"model": model} if model is not None else {})
+    drafters: dict[str, Drafter] = {
+        "none": NoDrafter(),
+        "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
+        "reference": ReferenceDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
+        "auto": planner,
+    }
+    if past is not None:
+        drafters["history"] = HistoryDrafter(past, max_draft=LOOKUP_TOKENS)
+    if model is not None:
+        drafters["model"] = model
+    return drafters
 
 
-def physical_cores() -> int:
-    """Cores that this process may use, without their hyper-threads."""
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+def _notes_on(source: Source, loaded: LoadedModel, drafter: str) -> list[str]:
+    """What the user should know of a target before its first text."""
+    notes = []
+    if source.template.source == "chatml":
+        notes.append(f"{source.name} carries no chat template: ChatML stands in")
+    if drafter != "none" and loaded.model.spec.row_alignment is None:
+        notes.append("rows are not padded here: in a near tie, greedy text may differ from plain decoding's")
+    return notes
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

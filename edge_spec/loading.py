@@ -13,7 +13,7 @@ from edge_spec.backends.alignment import AlignableLM
 from edge_spec.backends.base import CausalLM
 from edge_spec.cache_file import CacheFile
 from edge_spec.chat_template import ChatTemplate
-from edge_spec.errors import BackendUnavailableError, UnsupportedArchitectureError, UsageError
+from edge_spec.errors import BackendUnavailableError, ModelFormatError, UnsupportedArchitectureError, UsageError
 from edge_spec.export.exporter import Export, ensure_export, is_export, open_export
 from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
 from edge_spec.formats.gguf import GGUFFile
@@ -54,14 +54,17 @@ class LoadedModel:
     notes: tuple[str, ...]
 
 
-def find_source(store: Store, ref: str | Path) -> Source:
-    """The model behind a name, a pulled hub reference, a GGUF's path or the folder of an export, with its tokenizer."""
+def find_source(store: Store, ref: str | Path, *, share: Tokenizer | None = None) -> Source:
+    """The model behind a name, a pulled hub reference, a GGUF's path or the folder of an export, with its tokenizer.
+
+    `share`: the target's tokenizer, which a draft of the same vocabulary takes over instead of building its own.
+    """
     path = _expanded(ref)
     if is_export(path):
         export = open_export(path)
-        return _read(path.resolve().name, export.source_file, export.source_sha256, export)
+        return _read(path.resolve().name, export.source_file, export.source_sha256, export, share)
     local = store.resolve(ref)
-    return _read(local.name, local.path, local.sha256, None)
+    return _read(local.name, local.path, local.sha256, None, share)
 
 
 def _expanded(ref: str | Path) -> Path:
@@ -71,14 +74,20 @@ def _expanded(ref: str | Path) -> Path:
         return Path(ref)
 
 
-def _read(name: str, path: Path, sha256: str, export: Export | None) -> Source:
+def _read(name: str, path: Path, sha256: str, export: Export | None, share: Tokenizer | None) -> Source:
     with GGUFFile(path) as gguf:
+        tokenizer = Tokenizer.from_gguf(gguf, share=share)
+        embedding = gguf.tensors.get("token_embd.weight")
+        if embedding is not None and embedding.shape[0] < tokenizer.n_vocab:
+            raise ModelFormatError(
+                f"{path}: the tokenizer lists {tokenizer.n_vocab} tokens, and the model knows {embedding.shape[0]}"
+            )
         return Source(
             name=name,
             gguf=path,
             sha256=sha256,
             export=export,
-            tokenizer=Tokenizer.from_gguf(gguf),
+            tokenizer=tokenizer,
             template=ChatTemplate.from_gguf(gguf),
             n_ctx_train=gguf.hparam_int("context_length"),
         )
@@ -168,6 +177,8 @@ def chosen_recipe(name: str | None, backend: str, source: Source) -> Recipe | No
     if name is None:
         return None
     recipe = find_recipe(name)
+    if recipe.head_rows:
+        raise UsageError(f"the recipe {name} leaves tokens out: it is for drafts, not for a target")
     if backend == "llama":
         raise UsageError("the llama backend runs a GGUF's weights as they are; drop the recipe")
     if source.export is not None and source.export.recipe != recipe:
@@ -176,8 +187,8 @@ def chosen_recipe(name: str | None, backend: str, source: Source) -> Recipe | No
 
 
 def draft_recipe(source: Source) -> Recipe | None:
-    """4 bits: a draft's weights never decide what is written, only how fast."""
-    return None if source.export is not None else RECIPES["int4"]
+    """4 bits and a trimmed head: what a draft is never decides what is written, only how fast."""
+    return None if source.export is not None else RECIPES["draft"]
 
 
 def choose_n_ctx(source: Source, n_ctx: int | None) -> int:
@@ -195,15 +206,28 @@ def machine_key(backend: str, threads: int) -> str:
     return f"{platform.machine()} {_cpu_model()} | {engine} {metadata.version(engine)} | {threads} threads"
 
 
+def processor_name() -> str:
+    """What the system calls its processor."""
+    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
 def _cpu_model() -> str:
     """The processor's name and features where the system tells them: kernels are chosen by the features."""
+    told = list(_cpu_facts().values())
+    if not told:
+        return platform.processor()
+    return f"{told[0]} {hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
+
+
+def _cpu_facts() -> dict[str, str]:
+    """Name and features of the first processor, in the order that the system tells them; empty where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0].splitlines()
     except OSError:
-        return platform.processor()
+        return {}
     wanted = ("model name", "flags", "Features", "CPU part")
-    told = [line.split(":", 1)[1].strip() for line in lines if line.split("\t")[0].strip() in wanted]
-    return f"{told[0] if told else ''} {hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs if name.strip() in wanted}
 
 
 def _file_type(path: Path) -> str:

@@ -89,6 +89,8 @@ class Draft:
     q: list[SparseProbs] | None = None
     source: str = "none"
     confidence: Sequence[float] = field(default=(), compare=False)
+    model_s: float = field(default=0.0, compare=False)
+    """Seconds that a draft model's passes took for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,13 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
+from edge_spec.decoding.decoder import DecodeStats
 from edge_spec.errors import EdgeSpecError
 from edge_spec.types import DrafterStats, FinishReason, GenerationResult, Piece, SamplingParams
 
@@ -40,7 +41,7 @@ def run(*args: str, stdin: str | bytes = "") -> Transcript:
             main(args)
     finally:
         sys.stdin = keyboard
-    return Transcript(ended.value.code or 0, _written(out), _ANSI.sub("", _written(err)))
+    return Transcript(int(ended.value.code or 0), _written(out), _ANSI.sub("", _written(err)))
 
 
 def _written(stream: io.TextIOWrapper) -> str:
@@ -92,6 +93,8 @@ class FakeStream:
         self.cancelled = False
         self.closed = False
         self.text = ""
+        self.first_tokens = 1
+        self.stats = DecodeStats(draft_s=0.3, draft_model_s=0.2, target_s=1.6, own_s=0.1)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -150,7 +153,7 @@ class FakeChat:
 class FakeEngine:
     """Gives the scripted answers one after the other.
 
-    Records: `loaded_with`, `turns`, `options`, `chats`, `streams`.
+    Records: `loaded_with`, `turns`, `options`, `chats`, `streams`, and in `log` also resets and paddings.
     """
 
     def __init__(self, *answers: Answer | str, info: FakeInfo | None = None) -> None:
@@ -163,6 +166,7 @@ class FakeEngine:
         self.options: list[dict[str, Any]] = []
         self.chats: list[FakeChat] = []
         self.streams: list[FakeStream] = []
+        self.log: list[str] = []
         self.closed = False
 
     def load(self, pair: str | None = None, *, on_progress: Any = None, **options: Any) -> FakeEngine:
@@ -190,8 +194,18 @@ class FakeEngine:
         self.chats.append(FakeChat(self, self.info.chat_system if system is None else system))
         return self.chats[-1]
 
+    def reset(self) -> None:
+        self.log.append("reset")
+
+    @contextmanager
+    def unpadded(self) -> Iterator[None]:
+        self.log.append("unpadded")
+        yield
+        self.log.append("padded")
+
     def next_stream(self, on_progress: Any) -> FakeStream:
         self.streams.append(FakeStream(self, self._answers.pop(0), on_progress))
+        self.log.append(f"{self.options[-1].get('drafter')}: {self.turns[-1]}")
         return self.streams[-1]
 
     def make_result(self, text: str, num_tokens: int, finish: FinishReason, answer: Answer) -> GenerationResult:

@@ -46,7 +46,7 @@ def distribution(
 
 def _normalised(scores: NDArray[np.float64], keep: NDArray[np.bool_]) -> NDArray[np.float64]:
     weights = np.where(keep, np.exp(scores - scores.max()), 0.0)
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 def greedy_text(
@@ -68,7 +68,7 @@ def text_distribution(
     """The exact probability of every text of `length` tokens that can follow `prompt`."""
     texts: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(length):
-        longer = {}
+        longer: dict[tuple[int, ...], float] = {}
         for text, so_far in texts.items():
             probs = distribution(model.logits_after([*prompt, *text]), prompt, text, params)
             longer |= {(*text, int(token)): so_far * float(probs[token]) for token in np.flatnonzero(probs)}

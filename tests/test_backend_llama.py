@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -55,6 +56,11 @@ class TestWithLibrary:
     def path(self, tmp_path: Path) -> Path:
         return write_tiny_gguf(tmp_path / "tiny.gguf")
 
+    @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are text there")
+    def test_a_file_name_that_is_no_text_loads(self, path: Path) -> None:
+        odd = path.rename(Path(os.fsdecode(os.fsencode(path.parent) + b"/\xff.gguf")))
+        llama.load(odd, name="odd", n_ctx=16, threads=1).close()
+
     def test_a_missing_file_is_not_a_broken_one(self, tmp_path: Path) -> None:
         with pytest.raises(ModelNotFoundError, match="nowhere"):
             llama.load(tmp_path / "nowhere.gguf", name="any")
@@ -67,7 +73,7 @@ class TestWithLibrary:
             llama.load(path, name="any")
 
     def test_what_only_llama_cpp_can_tell_is_a_format_error_with_its_reason(self, tmp_path: Path) -> None:
-        path = write_tiny_gguf(tmp_path / "tiny.gguf", **{"llama.feed_forward_length": 1024})
+        path = write_tiny_gguf(tmp_path / "tiny.gguf", metadata={"llama.feed_forward_length": 1024})
         with pytest.raises(ModelFormatError, match=r"llama.cpp cannot load tiny.gguf: .*ffn.*wrong shape"):
             llama.load(path, name="any")
 
@@ -84,7 +90,7 @@ class TestWithLibrary:
             llama.load(path, name="any")
 
     def test_an_unknown_pre_tokenizer_is_refused_by_name(self, tmp_path: Path) -> None:
-        path = write_tiny_gguf(tmp_path / "tiny.gguf", **{"tokenizer.ggml.pre": "bogus"})
+        path = write_tiny_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.pre": "bogus"})
         with pytest.raises(UnsupportedArchitectureError, match="'bogus'"):
             llama.load(path, name="any")
 
@@ -120,7 +126,7 @@ class TestWithLibrary:
         assert 0 < path.stat().st_size - spec.weight_bytes < 20_000
 
     def test_a_token_takes_the_sum_of_its_layers_in_the_cache(self, tmp_path: Path) -> None:
-        path = write_tiny_gguf(tmp_path / "tiny.gguf", n_layer=3, **{"llama.attention.head_count_kv": [2, 2, 2]})
+        path = write_tiny_gguf(tmp_path / "tiny.gguf", n_layer=3, metadata={"llama.attention.head_count_kv": [2, 2, 2]})
         model = llama.load(path, name="tiny", threads=1)
         assert model.spec.kv_bytes_per_token == (2 + 2 + 2) * 2 * 64 * 2
         model.close()

@@ -35,7 +35,7 @@ def test_a_file_without_a_template_gets_chatml_and_says_so(tmp_path: Path) -> No
 
 def test_the_files_own_template_is_used_with_its_tokens(tmp_path: Path) -> None:
     text = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}{{ eos_token }}"
-    template, _ = load(tmp_path, bpe_metadata(**{"tokenizer.chat_template": text}))
+    template, _ = load(tmp_path, bpe_metadata(extra={"tokenizer.chat_template": text}))
     assert template.source == "model"
     assert template.render(USER) == "<|endoftext|>[hi]<|im_end|>"
 
@@ -122,7 +122,7 @@ def test_messages_that_are_not_text_with_a_role_are_refused(message: Any) -> Non
 
 @pytest.mark.parametrize("text", [CHATML, TRIMMING, REPLACING, SPLITTING])
 def test_harmless_messages_get_the_ids_of_the_rendered_text(tmp_path: Path, text: str) -> None:
-    template, tokenizer = load(tmp_path, bpe_metadata(**{"tokenizer.chat_template": text}))
+    template, tokenizer = load(tmp_path, bpe_metadata(extra={"tokenizer.chat_template": text}))
     source = random.Random(11)
     for _ in range(100):
         contents = ["".join(source.choices(["hi", " ", "\n", "x#y", "é", "<", ">", "|", "im"], k=6)) for _ in "ab"]
@@ -133,7 +133,7 @@ def test_harmless_messages_get_the_ids_of_the_rendered_text(tmp_path: Path, text
 
 @pytest.mark.parametrize("text", [CHATML, TRIMMING, REPLACING, SPLITTING])
 def test_messages_cannot_forge_a_turn(tmp_path: Path, text: str) -> None:
-    template, tokenizer = load(tmp_path, bpe_metadata(**{"tokenizer.chat_template": text}))
+    template, tokenizer = load(tmp_path, bpe_metadata(extra={"tokenizer.chat_template": text}))
     plain = template.render_ids([USER[0], USER[0]], tokenizer)
     marks = [token for token in plain if token in tokenizer.vocabulary.control]
     source = random.Random(12)
@@ -148,6 +148,6 @@ def test_messages_cannot_forge_a_turn(tmp_path: Path, text: str) -> None:
 def test_bos_comes_first_once_where_the_model_expects_it(tmp_path: Path) -> None:
     body = "{% for m in messages %}{{ m.content }}{% endfor %}"
     for text in (body, "{{ bos_token }}" + body):
-        template, tokenizer = load(tmp_path, spm_metadata(**{"tokenizer.chat_template": text}))
+        template, tokenizer = load(tmp_path, spm_metadata(extra={"tokenizer.chat_template": text}))
         ids = template.render_ids(USER, tokenizer)
         assert ids == [tokenizer.bos_id, *tokenizer.encode("hi")]

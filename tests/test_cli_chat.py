@@ -51,6 +51,7 @@ def test_chat_defaults_come_from_the_pair_and_the_user_overrides_them(monkeypatc
         {
             "max_tokens": 9,
             "stop": ("END",),
+            "reference": (),
             "sampling": SamplingParams(temperature=0.2, top_p=0.8, seed=3),
         }
     ]
@@ -78,6 +79,7 @@ def test_load_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         "threads": None,
         "n_ctx": 512,
         "pad_rows": False,
+        "history": False,
     }
 
 
@@ -287,3 +289,28 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_keeps_the_session(tmp_path: P
         terminal.type("\x04")
         assert terminal.wait() == 0
     assert "second" in (tmp_path / "cache" / "chat_history").read_text()
+
+
+def test_a_chat_copies_from_files_that_were_given_before_or_on_the_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = FakeEngine("a", "b", "c").install(monkeypatch)
+    (tmp_path / "one.txt").write_text("first", "utf-8")
+    (tmp_path / "two words.txt").write_text("second", "utf-8")
+    lines = f"x\n/reference {tmp_path}/two words.txt\ny\n/reference nowhere.txt\n/reference\nz\n"
+    transcript = run("chat", "--reference", str(tmp_path / "one.txt"), stdin=lines)
+    assert [options["reference"] for options in engine.options] == [
+        ("first",),
+        ("first", "second"),
+        ("first", "second"),
+    ]
+    assert f"answers may copy from {tmp_path}/two words.txt\n" in transcript.err
+    assert "error: the reference nowhere.txt cannot be read" in transcript.err
+    assert "/reference takes a FILE" in transcript.err
+
+
+def test_a_chat_whose_drafter_copies_from_no_reference_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine("a").install(monkeypatch)
+    transcript = run("chat", "--drafter", "lookup", stdin="/reference some.txt\nx")
+    assert "--drafter auto does" in transcript.err
+    assert engine.options[0]["reference"] == ()

@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,15 +90,17 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
         "threads": None,
         "n_ctx": None,
         "pad_rows": True,
+        "history": False,
     }
     assert engine.options == [
-        {"system": None, "raw": False, "max_tokens": None, "sampling": SamplingParams(), "stop": ()}
+        {"system": None, "raw": False, "max_tokens": None, "sampling": SamplingParams(), "stop": (), "reference": ()}
     ]
 
 
 def test_the_scripted_engine_is_called_as_the_real_one_is() -> None:
     from edge_spec.conversation import Chat
-    from edge_spec.engine import Engine, EngineInfo
+    from edge_spec.engine import Engine
+    from edge_spec.generation import EngineInfo
 
     scripted = FakeEngine("a", "b", "c")
     with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +122,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
         "--frequency-penalty 0.3 --seed 9"
     )
-    transcript = run("generate", "x", *f"{load} --ctx 99 --no-pad {text} {sampling}".split())
+    transcript = run("generate", "x", *f"{load} --ctx 99 --no-pad --history {text} {sampling}".split())
     assert transcript.code == 0
     assert engine.loaded_with == {
         "pair": None,
@@ -132,6 +135,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "threads": 3,
         "n_ctx": 99,
         "pad_rows": False,
+        "history": True,
     }
     assert engine.options == [
         {
@@ -139,6 +143,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
             "raw": False,
             "max_tokens": 7,
             "stop": ("A", "B"),
+            "reference": (),
             "sampling": SamplingParams(
                 temperature=0.5,
                 top_k=4,
@@ -292,6 +297,19 @@ def test_without_a_terminal_a_slow_stage_speaks_up_now_and_then(capsys: pytest.C
     assert capsys.readouterr().err == "reading the prompt 38% ...\nreading the prompt 79% ...\n"
 
 
+def test_a_stage_without_steps_has_no_share(capsys: pytest.CaptureFixture[str]) -> None:
+    from edge_spec.cli.progress import ProgressDisplay
+
+    seconds = iter([0, 100])
+    ProgressDisplay(clock=lambda: next(seconds)).stage("load big", 0, 1)
+    assert capsys.readouterr().err == "load big ...\n"
+
+
+def test_an_answer_of_one_pass_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(Answer(["a"], changes={"decode_tokens_per_s": 0.0})).install(monkeypatch)
+    assert run("generate", "x").err == f"{FIGURES.removeprefix('50.0 tokens/s · ')} · {SETUP}\n"
+
+
 def test_a_terminal_gets_no_control_characters_from_the_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,7 +326,8 @@ def test_a_pipe_gets_the_text_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> 
     assert run("generate", "x").out == "a\x1b[31mb\r\n"
 
 
-def test_a_reader_that_leaves_ends_the_run_quietly() -> None:
+def scripted_process(*args: str, **streams: Any) -> subprocess.Popen[bytes]:
+    """`edge-spec` on a scripted engine in a process of its own, which writes 100,000 lines."""
     script = (
         "import pytest\n"
         "from tests.fake_engine import Answer, FakeEngine\n"
@@ -316,13 +335,13 @@ def test_a_reader_that_leaves_ends_the_run_quietly() -> None:
         "FakeEngine(Answer(['line\\n'] * 100_000)).install(pytest.MonkeyPatch())\n"
         "main()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "generate", "x"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *args], stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], **streams
     )
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly() -> None:
+    process = scripted_process("generate", "x", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     with process, process.stdout, process.stderr:
@@ -330,3 +349,58 @@ def test_a_reader_that_leaves_ends_the_run_quietly() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode in (0, 1, 141)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
+@pytest.mark.parametrize("args", [("generate", "x"), ("generate", "x", "--json"), ("models",)])
+def test_standard_output_on_a_full_disk_is_one_line_and_exits_with_1(args: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        process = scripted_process(*args, stdin=subprocess.DEVNULL, stdout=full)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.count(b"\n")) == (1, 1)
+    assert err.startswith(b"error: ")
+    assert b"No space left" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="streams are closed by a POSIX shell")
+@pytest.mark.parametrize("args", [("generate", "x"), ("generate",), ("chat",), ("models",)])
+def test_closed_standard_streams_are_no_traceback(args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from edge_spec.cli import main
+
+    FakeEngine("a").install(monkeypatch)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == (2 if args == ("generate",) else 0)
+
+
+def test_references_are_read_and_given_to_the_engine(engine: FakeEngine, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("Grüße\n", "utf-8")
+    (tmp_path / "two.py").write_text("x = 1", "utf-8")
+    files = f"--reference {tmp_path}/one.txt --reference {tmp_path}/two.py".split()
+    assert run("generate", "x", *files).code == 0
+    assert engine.options[0]["reference"] == ("Grüße\n", "x = 1")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--reference", "nowhere.txt"], "the reference nowhere.txt cannot be read"),
+        (["--reference", "{folder}/empty.txt"], "is empty"),
+        (["--reference", "{folder}/bytes.bin"], "cannot be read"),
+        (["--reference", "{folder}/text.txt", "--drafter", "lookup"], "--drafter lookup copies from no reference"),
+        (["--drafter", "reference"], "give --reference FILE"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "x"], ["chat"]])
+def test_a_reference_of_no_use_is_refused_before_anything_loads(
+    engine: FakeEngine, tmp_path: Path, command: list[str], args: list[str], says: str
+) -> None:
+    (tmp_path / "empty.txt").write_text(" \n", "utf-8")
+    (tmp_path / "text.txt").write_text("text", "utf-8")
+    (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe\x00")
+    transcript = run(*command, *(arg.format(folder=tmp_path) for arg in args))
+    assert transcript.code == 2
+    assert says in transcript.err
+    assert engine.loaded_with is None

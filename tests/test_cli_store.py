@@ -60,6 +60,18 @@ def test_our_errors_are_one_line_and_an_exit_code(
     assert capsys.readouterr().err == "error: why\n"
 
 
+@pytest.mark.parametrize(("error", "told"), [(OSError(28, "No space"), "No space"), (MemoryError(), "memory")])
+def test_what_the_system_refuses_is_one_line_too(
+    error: Exception, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught, error_boundary():
+        raise error
+    assert caught.value.code == 1
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.count("\n") == 1
+
+
 def test_the_debug_variable_adds_the_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,13 +5,28 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from edge_spec.answer_file import AnswerFile
 from edge_spec.decoding import SpeculativeDecoder, Step
 from edge_spec.decoding.session import PREFILL_CHUNK, Session
-from edge_spec.drafting import Costs, Drafter, LookupDrafter, ModelDrafter, NoDrafter, Planner, Request
+from edge_spec.drafting import (
+    Costs,
+    Drafter,
+    HistoryDrafter,
+    LookupDrafter,
+    ModelDrafter,
+    NoDrafter,
+    PastAnswers,
+    Planner,
+    ReferenceDrafter,
+    Request,
+)
 from edge_spec.errors import BackendError, ContextLengthError, UsageError
 from edge_spec.types import Context, Draft, DrafterStats, FinishReason, SamplingParams
 from tests.fakes import FakeLM, FakeTokenizer, ScriptedLM
@@ -77,10 +92,42 @@ class UnsureDrafter(ModelDrafter):
         return confidence[-1] >= 0.3
 
 
-def planner(model: ModelDrafter | None) -> Planner:
+def planner(model: ModelDrafter | None, *more: Drafter) -> Planner:
     """A planner for a target of whose passes nothing is known."""
     lookup = LookupDrafter(max_draft=7, bold=True)
-    return Planner(Costs(max_rows=8), lookup, model, fixed=Costs(max_rows=8))
+    return Planner(Costs(max_rows=8), lookup, model, more=more, fixed=Costs(max_rows=8))
+
+
+class References(ReferenceDrafter):
+    """Copies from texts of its own, half of it what such a model wrote: sometimes right, often not."""
+
+    def __init__(self, n_vocab: int, seed: int) -> None:
+        super().__init__(min_match=1 + seed % 3, max_draft=1 + seed % 7, bold=seed % 2 == 0)
+        rng = random.Random(seed)
+        written = greedy_text(FakeLM(n_vocab, seed=seed // 7), [rng.randrange(n_vocab)], 40, SamplingParams())
+        self._texts = tuple(written), tuple(rng.choices(range(n_vocab), k=40))
+
+    def start(self, request: Request) -> None:
+        super().start(replace(request, references=self._texts))
+
+
+class OldAnswers(AnswerFile):
+    """Answers that were never in a file."""
+
+    def __init__(self, *answers: Sequence[int]) -> None:
+        super().__init__(Path("nowhere"))
+        self._answers = answers
+
+    def read(self) -> list[NDArray[np.int32]]:
+        return [np.array(answer, np.int32) for answer in self._answers]
+
+
+def history(n_vocab: int, seed: int, *, bold: bool = False) -> HistoryDrafter:
+    """Copies from what such a model wrote, and from noise."""
+    rng = random.Random(seed)
+    written = greedy_text(FakeLM(n_vocab, seed=seed // 7), [rng.randrange(n_vocab)], 40, SamplingParams())
+    answers = OldAnswers(rng.choices(range(n_vocab), k=40), written)
+    return HistoryDrafter(PastAnswers(answers), max_draft=1 + seed % 7, bold=bold)
 
 
 DRAFTERS: dict[str, Callable[[int, int], Drafter]] = {
@@ -93,6 +140,12 @@ DRAFTERS: dict[str, Callable[[int, int], Drafter]] = {
     "short window": lambda n_vocab, seed: model_drafter(n_vocab, seed // 7, n_ctx=16),
     "planner": lambda n_vocab, seed: planner(model_drafter(n_vocab, seed // 7)),
     "planner without a model": lambda n_vocab, seed: planner(None),
+    "reference": References,
+    "history": history,
+    "planner with history": lambda n_vocab, seed: planner(None, history(n_vocab, seed, bold=True)),
+    "planner with references": lambda n_vocab, seed: planner(
+        model_drafter(n_vocab, seed // 7), References(n_vocab, seed - seed % 2)
+    ),
 }
 
 
@@ -138,7 +191,9 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["none", "random", "lookup", "model", "unsure", "planner"])
+@pytest.mark.parametrize(
+    "kind", ["none", "random", "lookup", "model", "unsure", "planner", "reference", "planner with references"]
+)
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_sampled_text_has_the_targets_distribution(name: str, kind: str) -> None:
     """Whole texts of four tokens against their exact probabilities.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,6 +177,132 @@ def test_an_abandoned_stream_leaves_a_usable_engine(engine: Engine) -> None:
     assert engine.generate(PROMPTS[2], max_tokens=20).token_ids == expected
 
 
+def test_unpadded_passes_are_as_wide_as_their_rows_and_leave_nothing_behind(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.load(target=models / "target.gguf", recipe="int8", drafter="lookup", threads=1) as engine:
+        model = engine._target._model
+        assert isinstance(model, OnnxModel)
+        model.align_rows(4)  # whatever this machine would need
+        padded = engine.generate(PROMPTS[1], max_tokens=12)
+        with engine.unpadded():
+            assert model.spec.row_alignment is None
+            assert engine._target.count_unread([1, 2]) == 2, "what padded passes left is not used"
+            assert engine.generate(PROMPTS[1], max_tokens=12, drafter="none").steps == 12
+        assert model.spec.row_alignment == 4
+        again = engine.stream(PROMPTS[1], max_tokens=12)
+        assert engine._target.count_unread([1, 2]) == 2, "nor the other way round"
+        assert [token for piece in again for token in piece.token_ids] == padded.token_ids
+
+        with pytest.raises(KeyError), engine.unpadded():
+            raise KeyError
+        assert model.spec.row_alignment == 4
+
+
+def test_a_model_that_does_not_pad_keeps_its_cache_when_told_not_to(models: Path) -> None:
+    with Engine.load(target=models / "target.gguf", drafter="none", pad_rows=False, threads=1) as engine:
+        ids = engine.generate(PROMPTS[1], max_tokens=5, raw=True).token_ids
+        prompt = engine._source.tokenizer.encode(PROMPTS[1], add_bos=engine._source.tokenizer.add_bos)
+        with engine.unpadded():
+            assert engine._target.count_unread([*prompt, *ids[:-1]]) == 0
+
+
+def test_the_passes_of_the_draft_are_told_from_what_drafting_costs_besides(engine: Engine) -> None:
+    stream = engine.stream(PROMPTS[1], max_tokens=30, drafter="model")
+    for _ in stream:
+        pass
+    assert 0 < stream.stats.draft_model_s < stream.stats.draft_s
+    lookup = engine.stream(PROMPTS[1], max_tokens=30, drafter="lookup")
+    for _ in lookup:
+        pass
+    assert lookup.stats.draft_model_s == 0 < lookup.stats.draft_s
+
+
+def test_each_turn_of_a_chat_may_choose_its_drafter(engine: Engine) -> None:
+    chat = engine.chat()
+    assert set(chat.send(PROMPTS[0], max_tokens=8, drafter="none").drafters) == {"none"}
+    assert "model" in chat.send(PROMPTS[1], max_tokens=8, drafter="model").drafters
+
+
+# References
+
+
+def test_a_reference_changes_the_passes_and_not_the_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = engine.generate(PROMPTS[2], max_tokens=40, drafter="none")
+    assert engine.generate(PROMPTS[2], max_tokens=40, reference=["is it sorted?", ""]).token_ids == plain.token_ids
+
+    # Random models write what is no text, so a text would not be tokenised into what they write.
+    monkeypatch.setattr(engine._references, "ids", lambda texts: (tuple(plain.token_ids),) if texts else ())
+    # What "auto" makes of it depends on the clock, its text does not.
+    assert engine.generate(PROMPTS[2], max_tokens=40, reference=["that text"]).token_ids == plain.token_ids
+    helped = engine.generate(PROMPTS[2], max_tokens=40, drafter="reference", reference=["that text"])
+    assert helped.token_ids == plain.token_ids
+    assert helped.drafters["reference"].accepted > 0
+    assert helped.steps < plain.steps
+    chat = engine.chat()
+    chat.send(PROMPTS[2], max_tokens=8, drafter="reference", reference=["that text"])
+    assert "reference" not in chat.send(PROMPTS[2], max_tokens=8).drafters, "it was given for one turn"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"reference": "a text"}, "a list of texts"),
+        ({"reference": [b"bytes"]}, "a list of texts"),
+        ({"reference": ["a"], "drafter": "lookup"}, "use reference or auto"),
+        ({"reference": ["a"], "drafter": "none"}, "use reference or auto"),
+        ({"drafter": "reference"}, "needs texts to copy from"),
+    ],
+)
+def test_references_that_nobody_would_copy_from_are_refused(engine: Engine, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        engine.stream(PROMPTS[0], **options)
+
+
+# History
+
+
+def test_answers_of_the_past_save_passes_now_and_after_a_restart(models: Path) -> None:
+    def load(**options: Any) -> Engine:
+        return Engine.load(target=models / "target.gguf", recipe="int8", threads=1, **options)
+
+    folder = models / "home" / "history"
+    with load(drafter="lookup") as without:
+        plain = without.generate(PROMPTS[2], max_tokens=40, drafter="none")
+        with pytest.raises(UsageError, match="history=True"):
+            without.stream("x", drafter="history")
+    assert not folder.exists(), "nothing is kept unless it was asked for"
+    with load(drafter="history", history=True) as first:
+        assert "history" not in first.generate(PROMPTS[2], max_tokens=40).drafters
+        again = first.generate(PROMPTS[2], max_tokens=40)
+    with load(drafter="auto", history=True) as second:
+        later = second.generate(PROMPTS[2], max_tokens=40, drafter="history")
+        assert second.generate(PROMPTS[2], max_tokens=40).token_ids == plain.token_ids
+    for result in (again, later):
+        assert result.token_ids == plain.token_ids
+        assert result.drafters["history"].accepted > 0
+        assert result.steps < plain.steps
+    (file,) = folder.glob("*.ids")
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_history_that_cannot_be_used_costs_no_answer_and_is_noted(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models / "home", tmp_path / "home", ignore=shutil.ignore_patterns("history"))
+    (tmp_path / "home" / "history").write_text("in the way")
+    monkeypatch.setenv("EDGE_SPEC_HOME", str(tmp_path / "home"))
+    with Engine.load(target=models / "target.gguf", recipe="int8", threads=1, history=True) as engine:
+        result = engine.generate(PROMPTS[2], max_tokens=20)
+    assert result.generated_tokens
+    assert any("was not kept for later drafts" in note for note in result.notes)
+
+
+def test_the_drafter_history_needs_a_history(models: Path) -> None:
+    with pytest.raises(UsageError, match="history=True"):
+        Engine.load(target=models / "target.gguf", drafter="history")
+
+
 # Conversations
 
 
@@ -251,7 +378,7 @@ def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(models: Path
 def test_a_draft_of_another_vocabulary_is_refused(models: Path, tmp_path: Path) -> None:
     tokens, _, _ = tiny_vocabulary()
     tokens[97], tokens[98] = tokens[98], tokens[97]
-    path = write_tiny_gguf(tmp_path / "swapped.gguf", **{"tokenizer.ggml.tokens": tokens})
+    path = write_tiny_gguf(tmp_path / "swapped.gguf", metadata={"tokenizer.ggml.tokens": tokens})
     with pytest.raises(VocabMismatchError, match="token 97 is"):
         Engine.load(target=models / "target.gguf", draft=path)
 
@@ -267,7 +394,7 @@ def test_a_padded_tail_does_not_matter(models: Path, tmp_path: Path) -> None:
     ("options", "says"),
     [
         ({"backend": "cuda"}, "onnx, openvino, llama"),
-        ({"drafter": "magic"}, "none, lookup, model, auto"),
+        ({"drafter": "magic"}, "none, lookup, reference, history, model, auto"),
         ({"drafter": "model"}, "needs a draft model"),
         ({"drafter": "none", "draft": "draft.gguf"}, "no use for a draft"),
         ({"pair": "qwen2.5-coder"}, "not both"),
@@ -303,20 +430,23 @@ def test_an_export_loads_from_its_folder_alone(models: Path, engine: Engine, tmp
         Engine.load(target=folder, recipe="int4")
 
 
+# llama.cpp loads what the exporter refuses.
+UNKNOWN_SCALING = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5}
+
+
 def test_an_architecture_that_the_exporter_does_not_know_runs_on_llama_cpp_and_says_so(tmp_path: Path) -> None:
-    # llama.cpp reads rope scaling that the exporter refuses.
-    path = write_tiny_gguf(tmp_path / "yarn.gguf", **{"llama.rope.scaling.type": "yarn"})
+    path = write_tiny_gguf(tmp_path / "yarn.gguf", metadata=UNKNOWN_SCALING)
     with Engine.load(target=path, drafter="lookup", threads=1) as engine:
         result = engine.generate("def", max_tokens=4)
     assert result.backend == "llama"
-    assert any("yarn" in note and "llama backend" in note for note in result.notes)
+    assert any("YaRN" in note and "llama backend" in note for note in result.notes)
 
 
 def test_an_unknown_architecture_without_llama_cpp_names_both_remedies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    path = write_tiny_gguf(tmp_path / "yarn.gguf", **{"llama.rope.scaling.type": "yarn"})
+    path = write_tiny_gguf(tmp_path / "yarn.gguf", metadata=UNKNOWN_SCALING)
     with pytest.raises(UnsupportedArchitectureError, match=r"edge-spec\[llama\].*known architecture"):
         Engine.load(target=path, drafter="none")
 
@@ -337,3 +467,8 @@ def test_the_package_imports_quickly_and_without_its_heavy_libraries() -> None:
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_target_never_loses_tokens_to_a_recipe_for_drafts(models: Path) -> None:
+    with pytest.raises(UsageError, match="for drafts, not for a target"):
+        Engine.load(target=models / "target.gguf", recipe="draft", drafter="none")

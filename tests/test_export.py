@@ -17,13 +17,13 @@ import pytest
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import ModelFormatError, StorageError, UnsupportedArchitectureError, UsageError
 from edge_spec.export import RECIPES, Recipe, default_recipe, ensure_export, export_model, find_recipe, open_export
-from edge_spec.export.architecture import read_config
 from edge_spec.export.exporter import DESCRIPTION, SOURCE, WEIGHTS
 from edge_spec.export.quantize import dequantize_rows, quantize_rows, repack_exact
+from edge_spec.export.reading import read_config
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
 from tests.exported_values import exported_values
-from tests.reference_decoder import reference_logits
+from tests.reference_decoder import Array, reference_logits
 from tests.tiny_models import write_tiny_gguf
 
 SHA = "ab" * 32
@@ -48,8 +48,17 @@ def test_no_weight_moves_by_more_than_a_step_of_its_block(bits: int, block: int)
     assert (error <= steps * 0.5001).mean() > 0.99
 
 
-def test_a_block_of_zeros_stays_zero() -> None:
-    rows = quantize_rows(np.zeros((2, 64), np.float32), bits=4, block=32)
+@pytest.mark.parametrize("shift", [0.0, 1.0, -3.0])
+def test_zero_points_follow_a_block_that_does_not_lie_around_zero(shift: float) -> None:
+    weights = (np.random.default_rng(0).normal(size=(64, 256)) + shift).astype(np.float32)
+    plain, zeroed = (quantize_rows(weights, bits=4, block=64, zero_points=on) for on in (False, True))
+    errors = [float(np.square(dequantize_rows(rows, bits=4) - weights).sum()) for rows in (plain, zeroed)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_a_block_of_zeros_stays_zero(zero_points: bool) -> None:
+    rows = quantize_rows(np.zeros((2, 64), np.float32), bits=4, block=32, zero_points=zero_points)
     assert not dequantize_rows(rows, bits=4).any()
 
 
@@ -95,12 +104,30 @@ def test_logits_are_those_of_the_architecture(architecture: str, tied: bool, tmp
     model.close()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_the_runtime_reads_weights_as_they_are_meant(bits: int, zero_points: bool, tmp_path: Path) -> None:
+    """Also where a row has an odd number of blocks, whose zero points do not fill their last byte."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", hidden=160, ff=480, n_head=2, n_kv_head=1)
+    recipe = Recipe("x", bits=bits, block=32, zero_points=zero_points)
+    model = OnnxModel(export_model(path, recipe, tmp_path / "out", sha256=SHA), name="tiny", n_ctx=32, threads=1)
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, model.spec.n_vocab, 12)]
+    logits = model.decode(tokens, rows=12).logits
+
+    def stored(matrix: Array) -> Array:
+        rows = quantize_rows(matrix.astype(np.float32), bits=bits, block=32, zero_points=zero_points)
+        return dequantize_rows(rows, bits=bits).astype(np.float64)
+
+    assert np.corrcoef(logits.ravel(), reference_logits(path, tokens, stored).ravel())[0, 1] > 0.999
+    model.close()
+
+
 def test_linear_rope_scaling_stretches_positions(tmp_path: Path) -> None:
     scaled = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    with GGUFFile(write_tiny_gguf(tmp_path / "tiny.gguf", **scaled)) as gguf:
-        cos, sin = read_config(gguf).rope_tables(9)
+    with GGUFFile(write_tiny_gguf(tmp_path / "tiny.gguf", metadata=scaled)) as gguf:
+        cos, sin = read_config(gguf).rope_inputs(9, 512).values()
     with GGUFFile(write_tiny_gguf(tmp_path / "plain.gguf")) as gguf:
-        plain_cos, plain_sin = read_config(gguf).rope_tables(3)
+        plain_cos, plain_sin = read_config(gguf).rope_inputs(3, 512).values()
     np.testing.assert_allclose(cos[::4], plain_cos, atol=1e-6)
     np.testing.assert_allclose(sin[::4], plain_sin, atol=1e-6)
 
@@ -134,9 +161,10 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"general.architecture": "mamba"}, UnsupportedArchitectureError, "llama, qwen2"),
+        ({"general.architecture": "mamba"}, UnsupportedArchitectureError, "llama, .*qwen2, .*gemma3, not 'mamba'"),
         ({"llama.expert_count": 8}, UnsupportedArchitectureError, "mixture of experts"),
-        ({"llama.rope.scaling.type": "yarn"}, UnsupportedArchitectureError, "yarn"),
+        ({"llama.rope.scaling.type": "dynamic"}, UnsupportedArchitectureError, "dynamic"),
+        ({"llama.attention.key_length": 40, "llama.attention.value_length": 40}, UnsupportedArchitectureError, "of 16"),
         ({"llama.block_count": 3}, ModelFormatError, "blk.2.attn_norm.weight is missing"),
         ({"llama.block_count": 1}, UnsupportedArchitectureError, "blk.1."),
         ({"llama.feed_forward_length": 1024}, ModelFormatError, "blk.0.ffn_gate.weight has the shape"),
@@ -156,7 +184,7 @@ def test_what_the_graph_cannot_express_is_refused_by_name(
 
 
 def _tiny_of(architecture: str, path: Path, change: dict[str, Any]) -> Path:
-    write_tiny_gguf(path, **change)
+    write_tiny_gguf(path, metadata=change)
     if architecture != "llama":
         path.write_bytes(path.read_bytes().replace(b"llama", architecture.encode(), 1))
     return path
@@ -177,7 +205,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed_before_anything_is_written(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
     with pytest.raises(StorageError, match="1 are free"):
         export_model(tiny, RECIPES["int4"], tmp_path / "out", sha256=SHA)
     assert list(tmp_path.iterdir()) == []
@@ -263,6 +291,15 @@ ensure_export(Path(sys.argv[1]), sys.argv[2], RECIPES["int4"], Path(sys.argv[3])
     assert time.monotonic() - started < 30
     assert not any(path.suffix == ".partial" for path in (tmp_path / SHA).iterdir())
     assert open_export(export.path) == export
+
+
+def test_an_export_of_an_older_exporter_gives_way(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_spec.export.exporter.EXPORTER_VERSION", 0)
+    old = ensure_export(tiny, SHA, RECIPES["int4"], tmp_path).path
+    monkeypatch.undo()
+    new = ensure_export(tiny, SHA, RECIPES["int4"], tmp_path).path
+    assert new.exists()
+    assert not old.exists()
 
 
 # The part of a GGUF that an export keeps

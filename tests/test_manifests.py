@@ -8,7 +8,7 @@ import pytest
 from edge_spec.errors import ModelFormatError
 from edge_spec.store import DEFAULT_PAIR
 from edge_spec.store.hub import HubSource
-from edge_spec.store.manifest import load_catalogue, manifest_folder
+from edge_spec.store.manifest import Weights, load_catalogue, manifest_folder
 from edge_spec.store.wheels import WheelSource
 
 SHA = "0" * 64
@@ -46,7 +46,7 @@ def test_the_shipped_models_and_the_default_pair_are_known() -> None:
 
 
 @pytest.mark.parametrize("weights", load_catalogue(manifest_folder()).weights.values(), ids=lambda w: w.name)
-def test_every_shipped_model_has_a_licence_and_sources_that_add_up(weights) -> None:
+def test_every_shipped_model_has_a_licence_and_sources_that_add_up(weights: Weights) -> None:
     assert weights.licence
     assert weights.file.endswith(".gguf")
     assert weights.sources

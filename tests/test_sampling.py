@@ -115,7 +115,7 @@ def test_a_row_of_nothing_but_minus_infinity_is_an_error() -> None:
 def test_draw_follows_the_distribution() -> None:
     probs = SparseProbs(np.array([3, 5, 8, 9, 11]), np.array([0.5, 0.2, 0.15, 0.1, 0.05]))
     rng = np.random.default_rng(0)
-    counts = Counter((draw(probs, rng),) for _ in range(5000))
+    counts: Counter[tuple[int, ...]] = Counter((draw(probs, rng),) for _ in range(5000))
     assert_drawn_from(counts, {(int(i),): float(p) for i, p in zip(probs.ids, probs.probs, strict=True)})
 
 

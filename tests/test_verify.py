@@ -114,4 +114,4 @@ def test_the_token_is_drawn_from_the_target_whatever_the_draft(params: SamplingP
         draft = Draft([token], None if q is None else [q])
         verdict = verify(draft, Decoded(logits), sampler, rng, history)
         counts[(token if verdict.num_accepted else verdict.next_token,)] += 1
-    assert_drawn_from(counts, {(token,): float(p[token]) for token in np.flatnonzero(p)})
+    assert_drawn_from(counts, {(int(token),): float(p[token]) for token in np.flatnonzero(p)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,41 @@ _WORDS = (
     " sorted", "    ", "\n\n", " for", " if", " else", "ä", "é", " 日",
 )  # fmt: skip
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+
+_YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 128,
+    "rope.scaling.yarn_beta_fast": 16.0,
+    "rope.scaling.yarn_log_multiplier": 0.5,
+}
+_LONG_ROPE = {"rope.scaling.original_context_length": 256, "rope.scaling.attn_factor": 1.2}
+_WINDOWS = {"attention.sliding_window": 8, "attention.sliding_window_pattern": 2}
+
+
+class Peculiar(NamedTuple):
+    """What an architecture's file has that a llama's has not."""
+
+    metadata: Mapping[str, Any] = {}
+    """Keys without the architecture's name."""
+    biases: bool = False
+    fused: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    rope_pairs: int = 0
+    """Length of the two tables that stretch the rotary embedding, if there are any."""
+
+
+PECULIARITIES = {
+    "llama": Peculiar(),
+    "mistral3": Peculiar(_YARN | {"attention.temperature_scale": 0.1}),
+    "smollm3": Peculiar(),
+    "qwen2": Peculiar(biases=True),
+    "qwen3": Peculiar(qk_norm=True),
+    "phi3": Peculiar(_LONG_ROPE | {"rope.dimension_count": 48}, fused=True, rope_pairs=24),
+    "gemma2": Peculiar(_WINDOWS | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}, post_norms=True),
+    "gemma3": Peculiar(_WINDOWS | {"rope.freq_base": 1e6, "rope.scaling.factor": 8.0}, qk_norm=True, post_norms=True),
+}
 
 Blocks = NDArray[np.uint8]
 
@@ -70,22 +105,24 @@ def write_tiny_gguf(
     n_ctx: int = 512,
     n_vocab: int | None = None,
     seed: int = 0,
-    **overrides: Any,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model of architecture `llama` (rotary pairs adjacent) or `qwen2` (rotary halves, q/k/v biases).
+    """Write a model of one of the architectures in `PECULIARITIES`.
 
+    Windows are of 8 tokens in every other layer, and soft caps small enough to matter, where an architecture has them.
     `tensor_type` is F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K or Q6_K, for every matrix; `tensor_types`
     makes exceptions by part of a tensor's name (`{"ffn_down": "Q6_K"}`). Norms and biases are F32, as everywhere.
-    The same arguments write the same bytes. `overrides` sets metadata keys (`**{"general.name": "x"}`), None drops one.
+    The same arguments write the same bytes. `metadata` sets keys (`{"general.name": "x"}`), None drops one.
     """
     import gguf
 
-    assert architecture in {"llama", "qwen2"}
+    peculiar = PECULIARITIES[architecture]
+    head_dim = (metadata or {}).get(f"{architecture}.attention.key_length", hidden // n_head)
     rng = np.random.default_rng(seed)
     tokens, types, merges = tiny_vocabulary(n_vocab)
     writer = gguf.GGUFWriter(path, architecture)
-    metadata = {
-        "general.name": f"tiny {architecture}",
+    defaults = {
+        "general.name": "tiny",  # llama.cpp gives names with phi3 in them a vocabulary of their own
         f"{architecture}.block_count": n_layer,
         f"{architecture}.context_length": n_ctx,
         f"{architecture}.embedding_length": hidden,
@@ -94,7 +131,7 @@ def write_tiny_gguf(
         f"{architecture}.attention.head_count_kv": n_kv_head,
         f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
         f"{architecture}.rope.freq_base": 10000.0,
-        f"{architecture}.rope.dimension_count": hidden // n_head,
+        f"{architecture}.rope.dimension_count": head_dim,
         f"{architecture}.vocab_size": len(tokens),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2" if architecture == "qwen2" else "smollm",
@@ -107,15 +144,17 @@ def write_tiny_gguf(
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": CHAT_TEMPLATE,
     }
-    for key, value in (metadata | overrides).items():
+    defaults |= {f"{architecture}.{key}": value for key, value in peculiar.metadata.items()}
+    for key, value in {**defaults, **(metadata or {})}.items():
         if key != "general.architecture" and value is not None:
             writer.add_key_value(key, value, *_value_type(value))
 
     shapes = _tensor_shapes(
-        architecture,
+        peculiar,
         n_vocab=len(tokens),
         n_layer=n_layer,
         hidden=hidden,
+        head_dim=head_dim,
         n_head=n_head,
         n_kv_head=n_kv_head,
         ff=ff,
@@ -123,8 +162,8 @@ def write_tiny_gguf(
     )
     for name, shape in shapes:
         if len(shape) == 1:
-            values = rng.normal(1.0 if "norm" in name else 0.0, 0.1, shape).astype(np.float32)
-            writer.add_tensor(name, values)
+            mean, std = (1.0, 0.1) if "norm" in name else (2.0, 0.2) if "rope" in name else (0.0, 0.1)
+            writer.add_tensor(name, rng.normal(mean, std, shape).astype(np.float32))
             continue
         # An embedding well below the layers' unit scale: logits must depend on the context, not on the last token.
         std = 0.1 if "embd" in name or name.startswith("output") else shape[1] ** -0.5
@@ -149,23 +188,45 @@ def _value_type(value: Any) -> tuple[Any, Any]:
 
 
 def _tensor_shapes(
-    architecture: str, *, n_vocab: int, n_layer: int, hidden: int, n_head: int, n_kv_head: int, ff: int, tied: bool
+    peculiar: Peculiar,
+    *,
+    n_vocab: int,
+    n_layer: int,
+    hidden: int,
+    head_dim: int,
+    n_head: int,
+    n_kv_head: int,
+    ff: int,
+    tied: bool,
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and NumPy shapes ([out, in] for matrices) in file order."""
-    kv = hidden // n_head * n_kv_head
+    queries, keys = n_head * head_dim, n_kv_head * head_dim
+    inputs = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
+    gated = {"ffn_gate": ff, "ffn_up": ff}
+    if peculiar.fused:
+        inputs, gated = {"attn_qkv": queries + 2 * keys}, {"ffn_up": 2 * ff}
     yield "token_embd.weight", (n_vocab, hidden)
     for layer in range(n_layer):
         block = f"blk.{layer}"
         yield f"{block}.attn_norm.weight", (hidden,)
-        for part, rows in (("q", hidden), ("k", kv), ("v", kv)):
-            yield f"{block}.attn_{part}.weight", (rows, hidden)
-            if architecture == "qwen2":
-                yield f"{block}.attn_{part}.bias", (rows,)
-        yield f"{block}.attn_output.weight", (hidden, hidden)
+        for part, rows in inputs.items():
+            yield f"{block}.{part}.weight", (rows, hidden)
+            if peculiar.biases:
+                yield f"{block}.{part}.bias", (rows,)
+        if peculiar.qk_norm:
+            yield f"{block}.attn_q_norm.weight", (head_dim,)
+            yield f"{block}.attn_k_norm.weight", (head_dim,)
+        yield f"{block}.attn_output.weight", (hidden, queries)
         yield f"{block}.ffn_norm.weight", (hidden,)
-        yield f"{block}.ffn_gate.weight", (ff, hidden)
-        yield f"{block}.ffn_up.weight", (ff, hidden)
+        for part, rows in gated.items():
+            yield f"{block}.{part}.weight", (rows, hidden)
         yield f"{block}.ffn_down.weight", (hidden, ff)
+        if peculiar.post_norms:
+            yield f"{block}.post_attention_norm.weight", (hidden,)
+            yield f"{block}.post_ffw_norm.weight", (hidden,)
+    if peculiar.rope_pairs:
+        yield "rope_factors_long.weight", (peculiar.rope_pairs,)
+        yield "rope_factors_short.weight", (peculiar.rope_pairs,)
     yield "output_norm.weight", (hidden,)
     if not tied:
         yield "output.weight", (n_vocab, hidden)

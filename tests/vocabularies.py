@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from edge_spec.tokenizer.bpe import BYTE_OF
@@ -17,7 +18,7 @@ def bpe_metadata(
     pre: str = "qwen2",
     user_defined: tuple[str, ...] = (),
     padding: int = 0,
-    **extra: Any,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All bytes, the merges' results, ChatML's special tokens, `user_defined`, padding."""
     tokens = [*BYTE_OF, *(merge.replace(" ", "") for merge in merges)]
@@ -32,10 +33,10 @@ def bpe_metadata(
         "tokenizer.ggml.merges": list(merges),
         "tokenizer.ggml.bos_token_id": tokens.index("<|endoftext|>"),
         "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
-    } | extra
+    } | dict(extra or {})
 
 
-def spm_metadata(**extra: Any) -> dict[str, Any]:
+def spm_metadata(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """unk, bos, eos, all bytes, a few pieces; the later a piece, the later it merges."""
     pieces = ["▁h", "▁hi", "he", "▁", "h", "i", "e", "!"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
@@ -48,4 +49,4 @@ def spm_metadata(**extra: Any) -> dict[str, Any]:
         "tokenizer.ggml.token_type": Typed(I32, types),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
-    } | extra
+    } | dict(extra or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def load_model(library: Any, path: Path) -> Any:
     params = library.llama_model_default_params()
     params.n_gpu_layers = 0
     forget_errors()
-    model = library.llama_model_load_from_file(str(path).encode(), params)
+    model = library.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise _translated(f"llama.cpp cannot load {path.name}: {last_reason()}")
     return model

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edge_spec.backends.base import CausalLM
+from edge_spec.backends.base import CausalLM, PaddedRows
 from edge_spec.cache_file import CacheFile
 from edge_spec.errors import UsageError
 
@@ -24,12 +24,8 @@ WIDTHS = (1, 2, 3, 5)
 NONE = "none"
 
 
-class AlignableLM(CausalLM, Protocol):
-    """A model whose passes can be padded."""
-
-    def align_rows(self, alignment: int | None) -> None:
-        """Pad each pass to a multiple of `alignment` rows (one of ALIGNMENTS) from now on, or (None) not at all."""
-        ...
+class AlignableLM(CausalLM, PaddedRows, Protocol):
+    """A model whose passes can be padded to a multiple of the rows in ALIGNMENTS."""
 
 
 def check_alignment(alignment: int | None) -> None:

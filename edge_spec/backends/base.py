@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from edge_spec.types import Decoded, ModelSpec
 
@@ -39,4 +39,13 @@ class CausalLM(Protocol):
 
     def close(self) -> None:
         """Give the memory back; using the model afterwards is an error. Closing twice is not."""
+        ...
+
+
+@runtime_checkable
+class PaddedRows(Protocol):
+    """A model whose passes can be padded."""
+
+    def align_rows(self, alignment: int | None) -> None:
+        """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all."""
         ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from edge_spec.backends._llama_library import (
     last_reason,
     load_model,
 )
+from edge_spec.cores import check_threads
 from edge_spec.errors import (
     BackendError,
     ContextLengthError,
@@ -50,7 +50,7 @@ def load(
     Raises BackendUnavailableError (no library), ModelNotFoundError, ModelFormatError, UnsupportedArchitectureError,
     UsageError (a value out of range), or BackendError (llama.cpp cannot make a context: memory, as a rule).
     """
-    for label, value in (("n_ctx", n_ctx), ("threads", threads), ("max_rows", max_rows), ("n_batch", n_batch)):
+    for label, value in (("n_ctx", n_ctx), ("max_rows", max_rows), ("n_batch", n_batch)):
         if value is not None and value < 1:
             raise UsageError(f"{label}={value} must be at least 1")
     if max_rows > n_batch:
@@ -66,7 +66,7 @@ def load(
             library,
             model,
             n_ctx=n_ctx,
-            threads=threads or _physical_cores(),
+            threads=check_threads(threads),
             max_rows=max_rows,
             n_batch=max(max_rows, min(n_batch, n_ctx)),
         )
@@ -218,14 +218,6 @@ def _checked_ids(tokens: Sequence[int], n_vocab: int) -> np.ndarray[Any, Any]:
     if low < 0 or high >= n_vocab:
         raise UsageError(f"token {low if low < 0 else high} is outside the vocabulary of {n_vocab}")
     return ids
-
-
-def _physical_cores() -> int:
-    """Physical cores that this process may use: two threads on one core only share its arithmetic units."""
-    import psutil  # type: ignore[import-untyped, unused-ignore]  # its stubs are a package apart
-
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, psutil.cpu_count(logical=False) or usable)
 
 
 def _choose_n_ctx(library: Any, model: Any, n_ctx: int | None, name: str) -> int:

@@ -7,7 +7,7 @@ rows keeps a row's logits the same bits whatever was decoded beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import BackendError, ContextLengthError, ModelFormatError, UsageError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec
 
 EMBEDDING = "token_embd.weight"
+
+MEMORY_REMEDY = "lower --ctx (n_ctx=), do without a draft model (--drafter lookup), or take a smaller model"
 
 
 class OnnxModel:
@@ -35,6 +38,8 @@ class OnnxModel:
         import onnxruntime as ort
 
         config = export.config
+        if config.n_ctx_exact and n_ctx > config.n_ctx_exact:
+            raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_exact} tokens")
         self._padding = 1
         self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
         max_rows = round_up(max_rows, MAX_ALIGNMENT)
@@ -58,13 +63,17 @@ class OnnxModel:
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
         with _translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
-                str(export.model_file), _session_options(ort, threads), providers=["CPUExecutionProvider"]
+                str(export.model_file),
+                _session_options(ort, threads),
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # it would print to standard output and try the same again
             )
             self._binding: Any = self._session.io_binding()
-        self._run_options = ort.RunOptions()
-        self._logits: Logits = np.empty((max_rows, config.n_vocab), np.float32)
-        self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
-        self._bind_constants(export)
+            self._run_options = ort.RunOptions()
+            self._logits: Logits = np.full((max_rows, config.n_vocab), -np.inf, np.float32)
+            self._head = TrimmedHead.of(export, max_rows, self._embeddings)
+            self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
+            self._bind_constants(export)
 
     @property
     def spec(self) -> ModelSpec:
@@ -92,10 +101,15 @@ class OnnxModel:
         self._bind("rows", wanted)
         self._bind("seqlens_k", np.array([total - 1], np.int32))
         self._bind("total_sequence_length", np.array(total, np.int32))
-        self._bind_output("logits", (1, len(wanted), self._spec.n_vocab), self._logits)
+        scored = self._logits if self._head is None else self._head.logits
+        self._bind_output("logits", (1, len(wanted), scored.shape[1]), scored)
+        if self._head is not None:
+            self._bind_output("hidden", (1, len(wanted), self._head.hidden.shape[1]), self._head.hidden)
         with _translated(f"decoding {n} tokens"):
             self._session.run_with_iobinding(self._binding, self._run_options)
         self._length += n
+        if self._head is not None:
+            self._head.spread(self._logits, rows)
         return Decoded(self._logits[:rows])
 
     def rollback(self, length: int) -> None:
@@ -103,6 +117,11 @@ class OnnxModel:
         if not 0 <= length <= self._length:
             raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
         self._length = length
+
+    def reach(self, tokens: Iterable[int]) -> None:
+        """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
+        if self._head is not None:
+            self._head.reach(tokens)
 
     def align_rows(self, alignment: int | None) -> None:
         """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all.
@@ -117,7 +136,7 @@ class OnnxModel:
         """Give the session, the cache and the buffers back."""
         self._embeddings.close()
         # The binding points into what is held, and goes first.
-        self._binding = self._session = None
+        self._binding = self._session = self._head = None
         self._held.clear()
         self._logits = np.empty((0, 0), np.float32)
 
@@ -135,9 +154,8 @@ class OnnxModel:
 
     def _bind_constants(self, export: Export) -> None:
         """Bind the rotary tables and, each both as past and as present, the cache."""
-        cos, sin = export.config.rope_tables(self._capacity)
-        self._bind("cos", cos)
-        self._bind("sin", sin)
+        for name, table in export.config.rope_inputs(self._capacity, self._spec.n_ctx).items():
+            self._bind(name, table)
         shape = (1, self._spec.n_kv_heads, self._capacity, self._spec.head_dim)
         for layer in range(self._spec.n_layer):
             for kind in ("key", "value"):
@@ -165,7 +183,7 @@ def _session_options(ort: Any, threads: int) -> Any:
 
 @contextmanager
 def _translated(doing: str) -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions, which share no base of their own, into BackendError."""
+    """Turn ONNX Runtime's exceptions, which share no base of their own, and a want of memory into BackendError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     kinds: list[type[Exception]] = [
@@ -174,6 +192,8 @@ def _translated(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
+        if isinstance(exc, MemoryError) or "bad_alloc" in str(exc):
+            raise BackendError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
         if not isinstance(exc, (RuntimeError, ValueError, *kinds)):
             raise
         raise BackendError(f"ONNX Runtime failed while {doing}: {exc}") from exc

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from edge_spec.cli.console import error_boundary
+from edge_spec.cli.console import all_streams_open, error_boundary
 
 app = typer.Typer(
     name="edge-spec",
@@ -21,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-COMMANDS = ("pull", "models", "rm", "export", "generate", "chat")
+COMMANDS = ("pull", "models", "rm", "export", "generate", "chat", "bench", "history")
 
 
 def _print_version(wanted: bool) -> None:
@@ -50,6 +50,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
     0 done, 1 the work failed, 2 bad usage, 130 interrupted.
     """
-    with error_boundary():
-        app(list(args) if args is not None else None, prog_name="edge-spec")
+    with all_streams_open(), error_boundary():
+        try:
+            app(list(args) if args is not None else None, prog_name="edge-spec")
+        finally:
+            sys.stdout.flush()
     sys.exit(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 
 import typer
@@ -34,6 +34,8 @@ def chat(
     ctx: options.CtxOption = None,
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
+    reference: options.ReferenceOption = None,
+    history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
@@ -58,19 +60,23 @@ def chat(
         }
     )
     stops = options.stop_strings(stop)
-    engine = options.load_engine(
-        ProgressDisplay(),
-        pair=pair,
-        target=target,
-        draft=draft,
-        backend=backend,
-        drafter=drafter,
-        draft_tokens=draft_tokens,
-        recipe=recipe,
-        threads=threads,
-        ctx=ctx,
-        no_pad=no_pad,
-    )
+    references = options.reference_texts(reference, drafter)
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    with _quiet_keyboard() if on_terminal else nullcontext():
+        engine = options.load_engine(
+            ProgressDisplay(),
+            pair=pair,
+            target=target,
+            draft=draft,
+            backend=backend,
+            drafter=drafter,
+            draft_tokens=draft_tokens,
+            recipe=recipe,
+            threads=threads,
+            ctx=ctx,
+            no_pad=no_pad,
+            history=history,
+        )
     with engine:
         sampling = replace(engine.info.chat_sampling, **chosen)
         conversation = Conversation(
@@ -79,15 +85,24 @@ def chat(
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stops,
+            reference=references,
+            copies=drafter in options.COPYING,
         )
         remark(banner(engine.info))
         remark_notes(engine.info.notes)
         if idle := options.idle_choices(chosen, sampling):
             remark_notes([idle])
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if on_terminal:
             _talk(conversation)
         else:
             _answer_lines(conversation)
+
+
+def _quiet_keyboard() -> AbstractContextManager[None]:
+    """What is typed ahead does not show between the bars; the first prompt takes it up."""
+    from edge_spec.cli.prompt import echo_off
+
+    return echo_off()
 
 
 def _talk(conversation: Conversation) -> None:

@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from edge_spec.errors import EdgeSpecError, UsageError
 from edge_spec.sizes import format_size
@@ -24,17 +25,46 @@ _PLAIN_EVERY_S = 5.0
 def error_boundary() -> Iterator[None]:
     """Turn an error into one line on standard error and an exit code; a traceback only with EDGE_SPEC_DEBUG set.
 
-    Exceptions that are not ours are mistakes in the program, and pass with their traceback.
+    Of the exceptions that are not ours, OSError (standard output on a full disk, say) and MemoryError are the system's;
+    others are mistakes in the program, and pass with their traceback.
     """
     try:
         yield
-    except EdgeSpecError as exc:
+    except (EdgeSpecError, OSError, MemoryError) as exc:
         if os.environ.get("EDGE_SPEC_DEBUG"):
             traceback.print_exc()
-        print(f"error: {exc}", file=sys.stderr)
+        if not isinstance(exc, BrokenPipeError):  # a reader that has seen enough
+            reason = (
+                f"not enough memory ({str(exc) or 'the system gives no more'})" if isinstance(exc, MemoryError) else exc
+            )
+            print(f"error: {reason}", file=sys.stderr)
+        _discard_unwritten()
         sys.exit(BAD_USAGE if isinstance(exc, UsageError) else FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def all_streams_open() -> Iterator[None]:
+    """Within the block, standard streams that the caller has closed (None in Python) swallow all and give nothing."""
+    modes = {"stdin": "r", "stdout": "w", "stderr": "w"}
+    closed = [name for name in modes if getattr(sys, name) is None]
+    with ExitStack() as stack:
+        for name in closed:
+            setattr(sys, name, stack.enter_context(Path(os.devnull).open(modes[name], encoding="utf-8")))
+            stack.callback(setattr, sys, name, None)
+        yield
+
+
+def _discard_unwritten() -> None:
+    """Let go of output that cannot be written, which Python would else try, and complain of, once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError, ValueError):
+            os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def print_note(text: str) -> None:

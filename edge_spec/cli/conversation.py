@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_spec.cli.options import read_reference
 from edge_spec.cli.progress import ProgressDisplay
 from edge_spec.cli.status import drafter_line, figures, remark, remark_notes, setup
 from edge_spec.cli.streaming import show
-from edge_spec.errors import ContextLengthError, EdgeSpecError
+from edge_spec.errors import ContextLengthError, EdgeSpecError, UsageError
 from edge_spec.types import DrafterStats, FinishReason, GenerationResult, SamplingParams
 
 if TYPE_CHECKING:
@@ -17,10 +19,11 @@ if TYPE_CHECKING:
 
 _COMMANDS = ("/help", "/reset", "/stats", "/quit")
 _HELP = """\
-/help    this text
-/reset   forget the conversation and start over
-/stats   what this session has cost so far
-/quit    leave (so does Ctrl-D)
+/help            this text
+/reset           forget the conversation and start over
+/reference FILE  answers may copy from this text file, which makes them faster
+/stats           what this session has cost so far
+/quit            leave (so does Ctrl-D)
 Alt-Enter, or a backslash at the end of the line, starts a new line; Enter sends.
 Ctrl-C stops an answer and keeps the session. A message that starts with a slash is written with two: //"""
 
@@ -36,7 +39,10 @@ class Conversation:
         max_tokens: int | None,
         sampling: SamplingParams,
         stop: Sequence[str],
+        reference: Sequence[str] = (),
+        copies: bool = True,
     ) -> None:
+        """`reference`: texts that answers may copy from; `copies`: the drafter can do that."""
         self.failed = False
         """A turn ended in an error."""
         self.interrupted = False
@@ -46,6 +52,8 @@ class Conversation:
         self._max_tokens = max_tokens
         self._sampling = sampling
         self._stop = stop
+        self._reference = tuple(reference)
+        self._copies = copies
         self._progress = ProgressDisplay()
         self._totals = _Totals()
         self._notes_shown = set(engine.info.notes)
@@ -73,11 +81,27 @@ class Conversation:
                 remark("\n".join(self._stats()))
             case "/quit":
                 return False
+            case _ if command.split(maxsplit=1)[0] == "/reference":
+                self._add_reference(command.removeprefix("/reference").strip())
             case _:
                 name = command.split(maxsplit=1)[0]
                 reason = f"{name} takes no argument" if name in _COMMANDS else f"unknown command {name}"
                 remark(f"{reason}, nothing was sent: /help lists the commands, //... sends a text that starts with /")
         return True
+
+    def _add_reference(self, file: str) -> None:
+        if not self._copies:
+            remark("the drafter of this session copies from no reference: --drafter auto does")
+            return
+        if not file:
+            remark("/reference takes a FILE")
+            return
+        try:
+            self._reference += (read_reference(Path(file)),)
+        except UsageError as exc:
+            remark(f"error: {exc}")
+            return
+        remark(f"answers may copy from {file}")
 
     def _take_turn(self, text: str) -> None:
         self.interrupted = False
@@ -87,6 +111,7 @@ class Conversation:
                 max_tokens=self._max_tokens,
                 sampling=self._sampling,
                 stop=self._stop,
+                reference=self._reference,
                 on_progress=self._progress.prefill,
             )
             outcome = show(stream, self._progress)

@@ -13,6 +13,7 @@ from edge_spec.sizes import format_size
 
 if TYPE_CHECKING:
     from edge_spec.export.recipe import Recipe
+    from edge_spec.store import Store
 
 
 def export(
@@ -20,6 +21,10 @@ def export(
     source: Annotated[str, typer.Argument(help="A model's name, a pulled hub reference, or a GGUF file.")],
     to: Annotated[
         Path | None, typer.Option(help="The new folder; it stands alone. Default: the store, as the first run does.")
+    ] = None,
+    draft_of: Annotated[
+        str | None,
+        typer.Option(help="The target that this will draft for: 4 bits and a trimmed output head (recipe draft)."),
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="int4, int8 or exact. Default: follows the source.")] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8 bits a weight, for a recipe of your own.")] = None,
@@ -32,6 +37,11 @@ def export(
 
     store = Store()
     model = store.resolve(source)
+    if draft_of is not None:
+        if recipe is not None or bits is not None or block is not None:
+            raise UsageError("--draft-of decides the recipe: drop --recipe, --bits and --block")
+        recipe = "draft"
+        _check_vocabulary(store, source, draft_of)
     chosen = _choose(model.path, recipe, bits, block)
     with byte_progress(f"export {model.name} as {chosen.name}") as (progress, _):
         if to is None:
@@ -46,6 +56,14 @@ def export(
         print_note(f"no exact form for {', '.join(made.requantized)} tensors: stored with {chosen.bits} bits")
     print_note(f"{format_size(made.weight_bytes)} of weights")
     print(made.path)
+
+
+def _check_vocabulary(store: Store, draft: str, target: str) -> None:
+    """Ids of the draft have to mean the same to the target; VocabMismatchError else."""
+    from edge_spec.loading import find_source
+    from edge_spec.tokenizer import check_same_vocabulary
+
+    check_same_vocabulary(find_source(store, target).tokenizer, find_source(store, draft).tokenizer)
 
 
 def _choose(path: Path, name: str | None, bits: int | None, block: int | None) -> Recipe:
@@ -63,4 +81,4 @@ def _choose(path: Path, name: str | None, bits: int | None, block: int | None) -
         return default
     bits, block = bits or default.bits, block or default.block
     known = (recipe for recipe in RECIPES.values() if (recipe.bits, recipe.block, recipe.exact) == (bits, block, False))
-    return next(known, Recipe(f"int{bits}-block{block}", bits=bits, block=block))
+    return next(known, Recipe(f"int{bits}-block{block}", bits=bits, block=block, zero_points=bits == 4))

@@ -41,6 +41,8 @@ def generate(
     ctx: options.CtxOption = None,
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
+    reference: options.ReferenceOption = None,
+    history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
@@ -68,6 +70,7 @@ def generate(
     )
     sampling = replace(SamplingParams(), **chosen)
     stops = options.stop_strings(stop)
+    references = options.reference_texts(reference, drafter)
     text = _read_prompt(prompt, raw=raw)
     if idle := options.idle_choices(chosen, sampling):
         remark_notes([idle])
@@ -85,6 +88,7 @@ def generate(
         threads=threads,
         ctx=ctx,
         no_pad=no_pad,
+        history=history,
     )
     with engine:
         with progress:
@@ -95,6 +99,7 @@ def generate(
                 max_tokens=max_tokens,
                 sampling=sampling,
                 stop=stops,
+                reference=references,
                 on_progress=progress.prefill,
             )
             outcome = follow(stream, _discard) if as_json else show(stream, progress)

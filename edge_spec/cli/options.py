@@ -35,6 +35,8 @@ class DrafterName(StrEnum):
 
     NONE = "none"
     LOOKUP = "lookup"
+    REFERENCE = "reference"
+    HISTORY = "history"
     MODEL = "model"
     AUTO = "auto"
 
@@ -44,10 +46,11 @@ PairOption = Annotated[
     typer.Option(help="A target with its draft, by name (default: the default pair).", rich_help_panel=_MODEL),
 ]
 TargetOption = Annotated[
-    str | None, typer.Option(help="The model that answers: a name or a GGUF path.", rich_help_panel=_MODEL)
+    str | None,
+    typer.Option(help="The model that answers: a name, a GGUF file or an export's folder.", rich_help_panel=_MODEL),
 ]
 DraftOption = Annotated[
-    str | None, typer.Option(help="The small model that proposes: a name or a GGUF path.", rich_help_panel=_MODEL)
+    str | None, typer.Option(help="The small model that proposes, given like the target.", rich_help_panel=_MODEL)
 ]
 BackendOption = Annotated[BackendName, typer.Option(help="The library that runs the models.", rich_help_panel=_MODEL)]
 RecipeOption = Annotated[
@@ -77,6 +80,21 @@ NoPadOption = Annotated[
 DrafterOption = Annotated[DrafterName, typer.Option(help="What proposes tokens.", rich_help_panel=_SPECULATION)]
 DraftTokensOption = Annotated[
     int | None, typer.Option(min=1, help="Tokens proposed a step.", rich_help_panel=_SPECULATION)
+]
+ReferenceOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A text file that answers may copy from, which makes them faster; may be given several times.",
+        rich_help_panel=_SPECULATION,
+    ),
+]
+HistoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--history",
+        help="Keep the answers on this machine, for you alone, and let later ones copy from them.",
+        rich_help_panel=_SPECULATION,
+    ),
 ]
 SystemOption = Annotated[str | None, typer.Option(help="System message.", rich_help_panel=_TEXT)]
 MaxTokensOption = Annotated[
@@ -154,6 +172,30 @@ def stop_strings(stop: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(stop or ())
 
 
+COPYING = (DrafterName.AUTO, DrafterName.REFERENCE)
+"""Drafters that copy from references."""
+
+
+def reference_texts(files: Sequence[Path] | None, drafter: DrafterName) -> tuple[str, ...]:
+    """The files' texts. Raises UsageError for one that cannot be read, and where the drafter has no use for them."""
+    if files and drafter not in COPYING:
+        raise UsageError(f"--drafter {drafter.value} copies from no reference: drop one of the two")
+    if drafter is DrafterName.REFERENCE and not files:
+        raise UsageError("--drafter reference needs a text to copy from: give --reference FILE")
+    return tuple(map(read_reference, files or ()))
+
+
+def read_reference(file: Path) -> str:
+    """The text of one file. Raises UsageError."""
+    try:
+        text = file.expanduser().read_text("utf-8")
+    except (OSError, RuntimeError, ValueError) as exc:
+        raise UsageError(f"the reference {file} cannot be read: {exc}") from exc
+    if not text.strip():
+        raise UsageError(f"the reference {file} is empty")
+    return text
+
+
 def load_engine(
     progress: ProgressDisplay,
     *,
@@ -167,6 +209,7 @@ def load_engine(
     threads: int | None,
     ctx: int | None,
     no_pad: bool,
+    history: bool = False,
 ) -> Engine:
     """`Engine.load` with the command line's options. Raises what that raises, and UsageError for contradictions."""
     if pair is not None and target is not None:
@@ -185,6 +228,7 @@ def load_engine(
             threads=threads,
             n_ctx=ctx,
             pad_rows=not no_pad,
+            history=history,
             on_progress=progress.stage,
         )
 

@@ -74,7 +74,7 @@ class ProgressDisplay:
         now = self._clock()
         if announce or (now - self._last_line_s >= _PLAIN_EVERY_S and done < total):
             self._last_line_s = now
-            share = "" if announce or not total else f" {done / total:.0%}"
+            share = "" if announce or total <= 1 else f" {done / total:.0%}"
             print(f"{stage}{share} ...", file=sys.stderr, flush=True)
 
 

@@ -28,7 +28,7 @@ class LinePrompt:
             history=_open_history(history_path),
             key_bindings=_key_bindings(),
             multiline=True,
-            prompt_continuation=". ",
+            prompt_continuation=_continuation,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -40,6 +40,11 @@ class LinePrompt:
                 remark("Ctrl-D or /quit leaves")
             except EOFError:
                 return
+
+
+def _continuation(_width: int, _line: int, num_wraps: int) -> str:
+    """What stands before a further line: a dot where the user began one, space where a long line goes on."""
+    return "  " if num_wraps else ". "
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def figures(result: GenerationResult) -> str:
         return f"nothing was written, finished: {result.finish_reason}"
     return _joined(
         [
-            f"{result.decode_tokens_per_s:.1f} tokens/s",
+            # One pass may write all of a short answer, and then there is no rate to tell.
+            f"{result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else "",
             f"{result.acceptance_rate:.0%} accepted" if result.drafted else "nothing drafted",
             f"{result.tokens_per_step:.2f} tokens/step",
             f"first token {result.ttft_s:.2f} s",

@@ -47,6 +47,8 @@ class DecodeStats:
     """The first step as a whole: reading the prompt, by the draft model too."""
     draft_s: float = 0.0
     """Drafting, in the later steps."""
+    draft_model_s: float = 0.0
+    """Of that, the passes of the draft model; the rest is what drafters and planner cost themselves."""
     target_s: float = 0.0
     """The target's passes, in the later steps."""
     own_s: float = 0.0
@@ -65,7 +67,7 @@ class DecodeStats:
     def end_prefill(self) -> None:
         """What was spent so far was spent on the prompt."""
         self.prefill_s = self.draft_s + self.target_s + self.own_s
-        self.draft_s = self.target_s = self.own_s = 0.0
+        self.draft_s = self.draft_model_s = self.target_s = self.own_s = 0.0
 
 
 class SpeculativeDecoder:
@@ -85,6 +87,7 @@ class SpeculativeDecoder:
         max_tokens: int | None = None,
         stop_ids: Collection[int] = (),
         max_draft: int | None = None,
+        references: Sequence[Sequence[int]] = (),
         cancelled: Callable[[], bool] | None = None,
         on_progress: Progress | None = None,
     ) -> Iterator[Step]:
@@ -93,7 +96,8 @@ class SpeculativeDecoder:
         Ends at a stop id (STOP), after `max_tokens` (LENGTH; None: no limit), when prompt and new tokens fill n_ctx
         (CONTEXT_FULL), or when `cancelled()` turns true or `on_progress(read, to_read)`, called while the prompt is
         being read, returns False (CANCELLED; takes effect within one step, or one chunk of the prompt).
-        `max_draft` caps the drafts of all drafters. Leaving the iterator early is fine.
+        `max_draft` caps the drafts of all drafters. `references`: texts, as ids, that a drafter may copy from. Leaving
+        the iterator early is fine.
 
         Raises at the call: UsageError, ContextLengthError (the prompt leaves no room for a token).
         """
@@ -117,6 +121,7 @@ class SpeculativeDecoder:
             max_length=min(spec.n_ctx, sys.maxsize if max_tokens is None else len(prompt_ids) + max_tokens),
             n_vocab=spec.n_vocab,
             stop_ids=frozenset(stop_ids),
+            references=tuple(tuple(text) for text in references),
             cancelled=cancelled or _never,
         )
         limits = _Limits(
@@ -138,6 +143,7 @@ class SpeculativeDecoder:
                 lap()  # what passed since the last step was the caller's time
                 draft = self._propose(history, request, limits)
                 stats.draft_s += lap()
+                stats.draft_model_s += draft.model_s
 
                 reading = _until(request.cancelled, on_progress if stats.steps == 0 else None)
                 sequence, num_rows = history.tokens + draft.tokens, len(draft.tokens) + 1
@@ -166,7 +172,7 @@ class SpeculativeDecoder:
         room = limits.room_for_draft(history)
         draft = self._drafter.propose(history.tokens, room) if room > 0 else Draft([])
         assert len(draft.tokens) <= room, f"{draft.source} drafted more than the {room} tokens it was asked for"
-        return draft if draft.tokens else Draft([])
+        return draft if draft.tokens else Draft([], model_s=draft.model_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ class Request:
     """Ids from here on mean nothing to the target."""
     stop_ids: frozenset[int] = frozenset()
     """A draft ends after one of these: what would follow is never written."""
+    references: tuple[tuple[int, ...], ...] = ()
+    """Texts, as ids, that the answer may copy from."""
     cancelled: Callable[[], bool] = lambda: False
     """For a drafter whose work takes long: it raises GenerationCancelled soon after this turns true."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from edge_spec.backends.base import CausalLM
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from edge_spec.backends.base import CausalLM, PaddedRows
 from edge_spec.decoding.prefix import common_prefix
 from edge_spec.errors import ContextLengthError, GenerationCancelled, RollbackUnsupportedError
 from edge_spec.types import Context, Decoded, ModelSpec, Progress
@@ -63,9 +66,33 @@ class Session:
         """Tokens of `context` that a decode of it would have to read."""
         return len(context) - common_prefix(self._cached or [], list(context))
 
+    def reach(self, tokens: Context) -> None:
+        """Where the model's head is trimmed: give logits to these tokens too."""
+        reach = getattr(self._model, "reach", None)
+        if reach is not None:
+            reach(tokens)
+
     def forget(self) -> None:
         """Take the cache for empty: the next decode reads its whole sequence."""
         self._cached = None
+
+    @contextmanager
+    def unpadded(self) -> Iterator[None]:
+        """Within the block passes are not padded; nothing changes for a model that does not pad.
+
+        The cache is forgotten at both ends: what unpadded passes left may differ in its last bits.
+        """
+        alignment = self.spec.row_alignment
+        if alignment is None or not isinstance(self._model, PaddedRows):
+            yield
+            return
+        self.forget()
+        self._model.align_rows(None)
+        try:
+            yield
+        finally:
+            self.forget()
+            self._model.align_rows(alignment)
 
     def close(self) -> None:
         """Close the model."""

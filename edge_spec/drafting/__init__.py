@@ -2,8 +2,21 @@
 
 from edge_spec.decoding.drafter import Drafter, NoDrafter, Request
 from edge_spec.drafting.costs import Costs
+from edge_spec.drafting.history import HistoryDrafter, PastAnswers
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
 from edge_spec.drafting.planner import Planner
+from edge_spec.drafting.reference import ReferenceDrafter
 
-__all__ = ["Costs", "Drafter", "LookupDrafter", "ModelDrafter", "NoDrafter", "Planner", "Request"]
+__all__ = [
+    "Costs",
+    "Drafter",
+    "HistoryDrafter",
+    "LookupDrafter",
+    "ModelDrafter",
+    "NoDrafter",
+    "PastAnswers",
+    "Planner",
+    "ReferenceDrafter",
+    "Request",
+]

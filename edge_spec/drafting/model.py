@@ -56,6 +56,8 @@ class ModelDrafter(Drafter):
         self._request: Request | None = None
         self._sampler: Sampler | None = None
         self._history: History | None = None
+        self._num_reached = 0
+        self._lost = False
 
     @property
     def session(self) -> Session:
@@ -70,6 +72,8 @@ class ModelDrafter(Drafter):
         self._sampler = make_sampler(replace(sampling, top_k=top_k))
         self._request = request
         self._history = None
+        self._num_reached = 0
+        self._lost = False
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         """Draft one token a pass. No tokens where the context has outgrown the draft model's window."""
@@ -80,6 +84,13 @@ class ModelDrafter(Drafter):
             self._history = History(context[: request.prompt_length])
         history = self._history
         history.follow(context)
+        new = context[self._num_reached :]
+        self._num_reached = len(context)
+        if max(new, default=0) >= session.spec.n_vocab:
+            self._lost = True  # a token of the target's padding: this model cannot read on
+        if self._lost:
+            return Draft([], source=self.name)
+        session.reach(new)
         room = min(max_tokens, session.spec.n_ctx - len(context) + 1)
         if self.pace is None:
             room = min(room, self._draft_tokens)
@@ -105,7 +116,8 @@ class ModelDrafter(Drafter):
             history.append(token)
             if token in request.stop_ids:
                 break
-        return Draft(tokens, None if sampler.greedy else q, self.name, confidence[: len(tokens)])
+        spent_s = sum(seconds for _, seconds in self.passes)
+        return Draft(tokens, None if sampler.greedy else q, self.name, confidence[: len(tokens)], spent_s)
 
     def _decode(self, history: History, request: Request) -> Logits:
         """Logits after `history`, [n_vocab of the target at most]."""

@@ -8,6 +8,7 @@ is a choice like any other.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
@@ -15,12 +16,15 @@ from operator import mul
 from edge_spec.decoding.drafter import Drafter, Request
 from edge_spec.drafting.acceptance import Acceptance, Scale
 from edge_spec.drafting.costs import Costs
+from edge_spec.drafting.history import HistoryDrafter
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
 from edge_spec.types import Context, Draft, Verdict
 
 LOOKUP_SCALE: Scale = ((1, 0.2), (2, 0.45), (3, 0.6), (4, 0.7), (6, 0.78), (9, 0.85), (14, 0.9), (24, 0.95))
 """A lookup's confidence is the length of the match behind a token."""
+HISTORY_SCALE: Scale = ((3, 0.3), (4, 0.4), (6, 0.55), (9, 0.7), (14, 0.85), (24, 0.93))
+"""The same of a history, whose texts are about other things."""
 MODEL_SCALE: Scale = ((0.0, 0.26), (0.3, 0.47), (0.5, 0.68), (0.7, 0.83), (0.85, 0.93), (0.95, 0.975), (0.99, 0.995))
 """A model's confidence is the probability that it gives its most likely token."""
 
@@ -33,7 +37,9 @@ class Book:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self.lookup = Acceptance(LOOKUP_SCALE)
+        self.copies: defaultdict[str, Acceptance] = defaultdict(lambda: Acceptance(LOOKUP_SCALE))
+        self.copies[HistoryDrafter.name] = Acceptance(HISTORY_SCALE)
+        """By drafter: that one's matches may be worth more than another's, however long they are."""
         self.model = Acceptance(MODEL_SCALE)
         self.rate = 0.0
         """Tokens a second of the best of plain decoding and fixed drafts of the model; see `set_rate`."""
@@ -59,26 +65,34 @@ class Book:
 class Planner(Drafter):
     """Lookup costs nothing and is asked first; the model is asked where it is expected to pay more.
 
-    `costs` are learnt on the way. A generation with a seed at a temperature plans by the fixed guesses of a fresh
-    `Costs` instead: clocks would otherwise decide how many random numbers are drawn, and the same seed would not give
-    the same text.
+    `more` are further drafters that cost nothing, with the same kind of confidence as lookup's; of all their drafts
+    the one that is worth most counts. `costs` are learnt on the way. A generation with a seed at a temperature plans by
+    the fixed guesses of a fresh `Costs` instead: clocks would otherwise decide how many random numbers are drawn, and
+    the same seed would not give the same text.
     """
 
     name = "auto"
 
     def __init__(
-        self, costs: Costs, lookup: LookupDrafter, model: ModelDrafter | None, *, fixed: Costs, max_draft: int = 7
+        self,
+        costs: Costs,
+        lookup: LookupDrafter,
+        model: ModelDrafter | None,
+        *,
+        more: Sequence[Drafter] = (),
+        fixed: Costs,
+        max_draft: int = 7,
     ) -> None:
         self._learning = Book(costs)
         self._book = self._learning
         self._fixed = fixed
         self._is_fixed = False
-        self._lookup = lookup
+        self._copiers = (lookup, *more)
         self._model = model
         self._max_draft = max_draft
         self._room = max_draft
-        self._guess = Draft([])
-        self._guess_at = 0
+        self._guesses: list[Draft] = []
+        self._guessed_at = 0
         self._max_length = 0
 
     @property
@@ -87,12 +101,13 @@ class Planner(Drafter):
         return self._learning.costs
 
     def start(self, request: Request) -> None:
-        """Start both drafters; what was learnt stays."""
+        """Start the drafters; what was learnt stays."""
         self._is_fixed = request.sampling.temperature > 0 and request.sampling.seed is not None
         self._book = Book(self._fixed) if self._is_fixed else self._learning
         self._book.model.relax()
-        self._guess, self._max_length = Draft([]), request.max_length
-        self._lookup.start(request)
+        self._guesses, self._max_length = [], request.max_length
+        for copier in self._copiers:
+            copier.start(request)
         if self._model is not None:
             self._model.start(request)
             self._model.pace = self
@@ -100,13 +115,14 @@ class Planner(Drafter):
     def propose(self, context: Context, max_tokens: int) -> Draft:
         """The draft that is worth most, which may be none."""
         book = self._book
-        self._learn_from_guess(context)
-        self._guess, self._guess_at = self._lookup.propose(context, max_tokens), len(context)
+        self._learn_from_guesses(context)
+        self._guesses = [copier.propose(context, max_tokens) for copier in self._copiers]
+        self._guessed_at = len(context)
         self._room = min(max_tokens, self._max_draft)
         model_pays = book.set_rate(self._room if self._model else 0, self._reading_s(context))
-        copied = self._best_beginning(self._guess)
+        worth, copied = max(map(self._best_beginning, self._guesses), key=lambda valued: valued[0])
         # By the meaning of the rate, a step that the model drafts is worth about 0.
-        if self._model is None or not model_pays or book.worth(book.lookup.chances(copied.confidence)) > 0:
+        if self._model is None or not model_pays or worth > 0:
             return copied
         draft = self._model.propose(context, self._room)
         if not self._is_fixed:
@@ -124,8 +140,9 @@ class Planner(Drafter):
         book.costs.observe_target(len(draft.tokens) + 1, target_s)
 
     def close(self) -> None:
-        """Close both drafters."""
-        self._lookup.close()
+        """Close the drafters."""
+        for copier in self._copiers:
+            copier.close()
         if self._model is not None:
             self._model.close()
 
@@ -161,17 +178,21 @@ class Planner(Drafter):
         tokens_left = min(self._max_length - len(context), _PROFITING_TOKENS)
         return unread * self._book.costs.read_s / max(1.0, tokens_left / _TOKENS_PER_STEP)
 
-    def _best_beginning(self, draft: Draft) -> Draft:
-        """As much of a lookup's draft as is worth its rows, by this book."""
+    def _best_beginning(self, draft: Draft) -> tuple[float, Draft]:
+        """What as much of a copied draft as is worth its rows is worth, by this book, and that much of it."""
         book = self._book
-        chances = book.lookup.chances(draft.confidence)
-        length = max(range(len(chances) + 1), key=lambda n: book.worth(chances[:n]))
-        return Draft(draft.tokens[:length], confidence=draft.confidence[:length], source=draft.source)
+        chances = book.copies[draft.source].chances(draft.confidence)
+        worths = [book.worth(chances[:n]) for n in range(len(chances) + 1)]
+        worth = max(worths)
+        length = worths.index(worth)
+        return worth, Draft(draft.tokens[:length], confidence=draft.confidence[:length], source=draft.source)
 
-    def _learn_from_guess(self, context: Context) -> None:
-        """What a lookup would have drafted can be judged by what was written, drafted or not: learning is free."""
-        written = context[self._guess_at :]
-        for token, confidence, actual in zip(self._guess.tokens, self._guess.confidence, written, strict=False):
-            self._book.lookup.observe(confidence, token == actual)
-            if token != actual:
-                break
+    def _learn_from_guesses(self, context: Context) -> None:
+        """What was copied can be judged by what was written, drafted or not: learning is free."""
+        written = context[self._guessed_at :]
+        for guess in self._guesses:
+            acceptance = self._book.copies[guess.source]
+            for token, confidence, actual in zip(guess.tokens, guess.confidence, written, strict=False):
+                acceptance.observe(confidence, token == actual)
+                if token != actual:
+                    break

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError
-from edge_spec.formats.gguf import GGUFFile
-
-SUPPORTED = ("llama", "qwen2")
-"""GGUF architectures that the exporter builds (llama includes Mistral and SmolLM2)."""
+from edge_spec.errors import ModelFormatError
+from edge_spec.export.traits import TRAITS, Traits
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A decoder of RMS norms, rotary grouped-query attention and a gated SiLU feed-forward network."""
+    """A decoder's numbers; what its architecture implies is in `traits`."""
 
     architecture: str
     n_layer: int
@@ -36,6 +35,32 @@ class DecoderConfig:
     """Divides each pair's frequency (Llama 3's long-context scaling, linear scaling)."""
     tied: bool
     """Whether the output head is the embedding table."""
+    rope_long_factors: tuple[float, ...] | None = None
+    """`rope_factors` of a cache of more than `rope_short_ctx` tokens."""
+    rope_short_ctx: int = 0
+    rope_magnitude: float = 1.0
+    """Multiplies cosines and sines."""
+    rope_local_base: float = 0.0
+    """Base, without factors, in windowed layers; 0: they rotate as the others do."""
+    attention_scale: float = 0.0
+    """Multiplies scores; 0: one over the square root of the heads' width."""
+    attention_softcap: float = 0.0
+    """Scores s become cap · tanh(s / cap); 0: they stay."""
+    logit_softcap: float = 0.0
+    n_ctx_exact: int = 0
+    """Tokens that the graph is right for; 0: any number."""
+    windows: tuple[int, ...] = ()
+    """Tokens that each layer sees, the newest included; 0 or no entry: all of them."""
+
+    @property
+    def traits(self) -> Traits:
+        """What the architecture implies."""
+        return TRAITS[self.architecture]
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by."""
+        return math.sqrt(self.hidden) if self.traits.scaled_embedding else 1.0
 
     @property
     def qkv_rows(self) -> int:
@@ -47,97 +72,88 @@ class DecoderConfig:
         """Name of the tensor that makes logits."""
         return "token_embd.weight" if self.tied else "output.weight"
 
-    def rope_tables(self, n_ctx: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Cosines and sines, float32 [n_ctx, rope_dim/2] (rotary embedding, arXiv 2104.09864)."""
-        frequencies = self.rope_base ** (-np.arange(0, self.rope_dim, 2, dtype=np.float64) / self.rope_dim)
-        if self.rope_factors is not None:
-            frequencies = frequencies / np.asarray(self.rope_factors, dtype=np.float64)
-        angles = np.outer(np.arange(n_ctx, dtype=np.float64), frequencies)
-        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    def window(self, layer: int) -> int:
+        """Tokens that a layer sees; 0: all of them."""
+        return self.windows[layer] if self.windows else 0
+
+    def rope_of(self, layer: int) -> tuple[str, ...]:
+        """The names of a layer's rotary tables, cosines and sines; none if it does not rotate."""
+        every = self.traits.unrotated_every
+        if every and (layer + 1) % every == 0:
+            return ()
+        return ("cos.local", "sin.local") if self.rope_local_base and self.window(layer) else ("cos", "sin")
+
+    @property
+    def rope_names(self) -> list[str]:
+        """The rotary tables that layers use, sorted."""
+        return sorted({name for layer in range(self.n_layer) for name in self.rope_of(layer)})
+
+    def rope_inputs(self, rows: int, n_ctx: int) -> dict[str, NDArray[np.float32]]:
+        """The rotary tables of `rows` positions, float32 [rows, rope_dim/2], for a cache of `n_ctx` tokens."""
+        long = self.rope_long_factors is not None and n_ctx > self.rope_short_ctx
+        factors = self.rope_long_factors if long else self.rope_factors
+        tables = dict(zip(("cos", "sin"), self._rope_tables(rows, self.rope_base, factors), strict=True))
+        if self.rope_local_base:
+            local = self._rope_tables(rows, self.rope_local_base, None)
+            tables |= dict(zip(("cos.local", "sin.local"), local, strict=True))
+        return {name: tables[name] for name in self.rope_names}
+
+    def _rope_tables(
+        self, rows: int, base: float, factors: tuple[float, ...] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Cosines and sines (rotary embedding, arXiv 2104.09864)."""
+        frequencies = base ** (-np.arange(0, self.rope_dim, 2, dtype=np.float64) / self.rope_dim)
+        if factors is not None:
+            frequencies = frequencies / np.asarray(factors, dtype=np.float64)
+        angles = np.outer(np.arange(rows, dtype=np.float64), frequencies)
+        cos, sin = np.cos(angles) * self.rope_magnitude, np.sin(angles) * self.rope_magnitude
+        return cos.astype(np.float32), sin.astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the export's metadata."""
-        return asdict(self)
+        """Plain values for the export's metadata, without those that are as in most decoders."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> DecoderConfig:
         """The inverse of `to_json`; ModelFormatError if fields are missing or unknown."""
+        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        if plain.get("architecture") not in TRAITS:
+            raise ModelFormatError(f"the export's decoder is of the architecture {plain.get('architecture')!r}")
         try:
-            factors = values["rope_factors"]
-            return cls(**{**values, "rope_factors": None if factors is None else tuple(factors)})
-        except (KeyError, TypeError) as exc:
+            return cls(**plain)
+        except TypeError as exc:
             raise ModelFormatError(f"the export's decoder description is not complete: {exc}") from exc
-
-
-def read_config(gguf: GGUFFile) -> DecoderConfig:
-    """Read and cross-check the sizes of a supported decoder.
-
-    Raises UnsupportedArchitectureError for what the graph could not express, ModelFormatError for tensors that are
-    missing or whose shapes contradict the metadata.
-    """
-    architecture = gguf.architecture
-    if architecture not in SUPPORTED:
-        raise UnsupportedArchitectureError(
-            f"the exporter knows the architectures {', '.join(SUPPORTED)}, not {architecture!r} ({gguf.path.name})"
-        )
-    hidden = gguf.hparam_int("embedding_length")
-    n_head = gguf.hparam_int("attention.head_count")
-    if not (hidden > 0 and n_head > 0):
-        raise ModelFormatError(f"{gguf.path}: embedding_length {hidden} and head_count {n_head} must be positive")
-    head_dim = gguf.hparam_int("attention.key_length", hidden // n_head)
-    if gguf.hparam_int("attention.value_length", head_dim) != head_dim:
-        raise UnsupportedArchitectureError(f"{gguf.path.name}: keys and values of different width")
-    if gguf.hparam_int("expert_count", 0):
-        raise UnsupportedArchitectureError(f"{gguf.path.name}: a mixture of experts; the exporter builds dense models")
-    embedding = gguf.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise ModelFormatError(f"{gguf.path}: no matrix token_embd.weight")
-    rope_dim = gguf.hparam_int("rope.dimension_count", head_dim)
-    config = DecoderConfig(
-        architecture=architecture,
-        n_layer=gguf.hparam_int("block_count"),
-        hidden=hidden,
-        n_head=n_head,
-        n_kv_head=gguf.hparam_int("attention.head_count_kv", n_head),
-        head_dim=head_dim,
-        n_ff=gguf.hparam_int("feed_forward_length"),
-        n_vocab=embedding.shape[0],
-        n_ctx_train=gguf.hparam_int("context_length"),
-        rms_epsilon=gguf.hparam_float("attention.layer_norm_rms_epsilon"),
-        rope_base=gguf.hparam_float("rope.freq_base", 10000.0),
-        rope_dim=rope_dim,
-        rope_interleaved=architecture == "llama",
-        rope_factors=_rope_factors(gguf, rope_dim),
-        tied="output.weight" not in gguf.tensors,
-    )
-    _check_sizes(gguf, config)
-    _check_tensors(gguf, config)
-    return config
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that the decoder cannot do without, by its GGUF name."""
     queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    hidden, n_ff, traits = config.hidden, config.n_ff, config.traits
+    parts: dict[str, tuple[int, ...]] = {"attn_norm": (hidden,)}
+    if traits.fused_inputs:
+        parts |= {"attn_qkv": (config.qkv_rows, hidden)}
+    else:
+        parts |= {"attn_q": (queries, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden)}
+    if traits.qk_norm:
+        parts |= {"attn_q_norm": (config.head_dim,), "attn_k_norm": (config.head_dim,)}
+    parts |= {"attn_output": (hidden, queries), "ffn_norm": (hidden,)}
+    parts |= {"ffn_up": (2 * n_ff, hidden)} if traits.fused_inputs else dict.fromkeys(_GATED, (n_ff, hidden))
+    parts |= {"ffn_down": (hidden, n_ff)}
+    if traits.post_norms:
+        parts |= {"post_attention_norm": (hidden,), "post_ffw_norm": (hidden,)}
     shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (config.n_vocab, config.hidden),
-        "output_norm.weight": (config.hidden,),
+        "token_embd.weight": (config.n_vocab, hidden),
+        "output_norm.weight": (hidden,),
     }
     if not config.tied:
-        shapes["output.weight"] = (config.n_vocab, config.hidden)
+        shapes["output.weight"] = (config.n_vocab, hidden)
     for layer in range(config.n_layer):
-        block = f"blk.{layer}."
-        shapes |= {
-            block + "attn_norm.weight": (config.hidden,),
-            block + "attn_q.weight": (queries, config.hidden),
-            block + "attn_k.weight": (keys, config.hidden),
-            block + "attn_v.weight": (keys, config.hidden),
-            block + "attn_output.weight": (config.hidden, queries),
-            block + "ffn_norm.weight": (config.hidden,),
-            block + "ffn_gate.weight": (config.n_ff, config.hidden),
-            block + "ffn_up.weight": (config.n_ff, config.hidden),
-            block + "ffn_down.weight": (config.hidden, config.n_ff),
-        }
+        shapes |= {f"blk.{layer}.{part}.weight": shape for part, shape in parts.items()}
     return shapes
+
+
+_GATED = ("ffn_gate", "ffn_up")
 
 
 def bias_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -147,42 +163,3 @@ def bias_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         for name, shape in tensor_shapes(config).items()
         if name.startswith("blk.") and len(shape) == 2
     }
-
-
-def _check_sizes(gguf: GGUFFile, config: DecoderConfig) -> None:
-    sizes = ("n_layer", "n_kv_head", "head_dim", "n_ff", "n_vocab", "n_ctx_train")
-    wrong = [name for name in sizes if getattr(config, name) <= 0]
-    if wrong or config.n_head % config.n_kv_head or not 0 < config.rope_dim <= config.head_dim or config.rope_dim % 2:
-        raise ModelFormatError(f"{gguf.path}: the sizes in the metadata contradict each other: {config.to_json()}")
-    if config.n_layer > len(gguf.tensors):
-        raise ModelFormatError(f"{gguf.path}: {config.n_layer} layers, but only {len(gguf.tensors)} tensors")
-
-
-def _check_tensors(gguf: GGUFFile, config: DecoderConfig) -> None:
-    """Each tensor is there, has its shape, and is one that the graph uses: an ignored one would be a wrong model."""
-    required, optional = tensor_shapes(config), bias_shapes(config)
-    for name, shape in required.items():
-        if name not in gguf.tensors:
-            raise ModelFormatError(f"{gguf.path}: the tensor {name} is missing")
-        if gguf.tensors[name].shape != shape:
-            raise ModelFormatError(f"{gguf.path}: {name} has the shape {gguf.tensors[name].shape}, not {shape}")
-    for name, tensor in gguf.tensors.items():
-        if name in required or name == "rope_freqs.weight":
-            continue
-        if name not in optional:
-            raise UnsupportedArchitectureError(f"{gguf.path.name}: the exporter has no use for the tensor {name}")
-        if tensor.shape != optional[name]:
-            raise ModelFormatError(f"{gguf.path}: {name} has the shape {tensor.shape}, not {optional[name]}")
-
-
-def _rope_factors(gguf: GGUFFile, rope_dim: int) -> tuple[float, ...] | None:
-    scaling = gguf.hparam_str("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise UnsupportedArchitectureError(f"{gguf.path.name}: rope scaling {scaling!r}; the exporter knows linear")
-    factor = gguf.hparam_float("rope.scaling.factor", gguf.hparam_float("rope.scale_linear", 1.0))
-    if "rope_freqs.weight" in gguf.tensors:
-        table = gguf.dequantize("rope_freqs.weight").reshape(-1)
-        if table.shape != (rope_dim // 2,) or not np.all(table > 0):
-            raise ModelFormatError(f"{gguf.path}: rope_freqs.weight does not fit {rope_dim} rotary dimensions")
-        return tuple(float(value) * factor for value in table)
-    return None if factor in (0.0, 1.0) else (factor,) * (rope_dim // 2)

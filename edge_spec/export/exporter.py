@@ -4,6 +4,7 @@ edge_spec.json  what it is: decoder, recipe, source hash, sizes of the other fil
 model.onnx      the graph, with the small vectors inside
 weights.bin     packed matrices and their scales, mapped by the runtime
 source.gguf     the source's metadata (tokenizer, chat template) and its embedding table as it was
+head_ids.npy    where the output head is trimmed: the ids of its rows; source.gguf then has the whole head too
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError, StorageError, UsageError
-from edge_spec.export.architecture import DecoderConfig, bias_shapes, read_config, tensor_shapes
+from edge_spec.export.architecture import DecoderConfig, bias_shapes, tensor_shapes
 from edge_spec.export.graph import Weights, build_graph
 from edge_spec.export.layout import Job, Layout, plan_layout
-from edge_spec.export.quantize import QuantizedRows, quantize_rows, repack_exact
+from edge_spec.export.quantize import QuantizedRows, pack_zeros, quantize_rows, repack_exact
+from edge_spec.export.reading import read_config
 from edge_spec.export.recipe import Recipe
+from edge_spec.export.trim import head_ids
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
 from edge_spec.store.pull import exclusive
 
-EXPORTER_VERSION = 1
+EXPORTER_VERSION = 3
 """Raised whenever the same source and recipe would give other files, so that no old export is reused."""
 
 DESCRIPTION, MODEL, WEIGHTS, SOURCE = "edge_spec.json", "model.onnx", "weights.bin", "source.gguf"
+HEAD_IDS = "head_ids.npy"
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights that a worker turns at a time: its temporaries stay in the cache and the peak stays small."""
@@ -73,6 +77,19 @@ class Export:
     def source_file(self) -> Path:
         """A GGUF of the source's metadata and embedding table."""
         return self.path / SOURCE
+
+    def read_head_ids(self) -> NDArray[np.int64] | None:
+        """Ids of the output head's rows, increasing; None where the head is whole. ModelFormatError if damaged."""
+        file = self.path / HEAD_IDS
+        if not file.exists():
+            return None
+        try:
+            ids = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as exc:
+            raise ModelFormatError(f"{file} cannot be read ({exc}): export it again") from exc
+        if ids.ndim != 1 or ids.dtype != np.int64 or not len(ids) or ids[0] < 0 or ids[-1] >= self.config.n_vocab:
+            raise ModelFormatError(f"{file} does not hold ids of the vocabulary: export it again")
+        return np.asarray(ids, np.int64)
 
 
 def is_export(path: Path) -> bool:
@@ -138,7 +155,11 @@ def ensure_export(
                 return found
             if path.exists():
                 shutil.rmtree(path)
-            return export_model(source, recipe, path, sha256=sha256, threads=threads, progress=progress)
+            made = export_model(source, recipe, path, sha256=sha256, threads=threads, progress=progress)
+            for older in path.parent.glob(f"{recipe.name}-????????"):
+                if older != path:  # of an exporter before this one
+                    shutil.rmtree(older, ignore_errors=True)
+            return made
     except OSError as exc:
         raise StorageError(f"the export could not be written below {exports_dir}: {exc}; {_REMEDY}") from exc
 
@@ -176,13 +197,17 @@ def export_model(
         raise UsageError(f"{path} exists already; remove it or name another folder")
     with GGUFFile(source) as gguf:
         config = read_config(gguf)
-        layout = plan_layout(gguf, config, recipe)
-        embedding_bytes = gguf.tensors["token_embd.weight"].n_bytes
-        with _new_folder(path, layout.n_bytes + embedding_bytes + (64 << 20)) as folder:
+        kept = head_ids(gguf, config.n_vocab, recipe.head_rows)
+        layout = plan_layout(gguf, config, recipe, kept)
+        tables = ["token_embd.weight"] if kept is None or config.tied else ["token_embd.weight", config.head_tensor]
+        table_bytes = sum(gguf.tensors[name].n_bytes for name in tables)
+        with _new_folder(path, layout.n_bytes + table_bytes + (64 << 20)) as folder:
             with (folder / WEIGHTS).open("wb") as file:
                 _fill(gguf, layout, file, threads or os.cpu_count() or 1, progress)
             _write_graph(gguf, config, layout, folder)
-            write_subset(gguf, folder / SOURCE, ["token_embd.weight"])
+            write_subset(gguf, folder / SOURCE, tables)
+            if kept is not None:
+                np.save(folder / HEAD_IDS, kept)
             _describe(config, recipe, layout, sha256, folder)
     return open_export(path)
 
@@ -216,7 +241,7 @@ def _describe(config: DecoderConfig, recipe: Recipe, layout: Layout, sha256: str
         "decoder": config.to_json(),
         "weight_bytes": layout.weight_bytes,
         "requantized": sorted(requantized),
-        "files": {name: (folder / name).stat().st_size for name in (MODEL, WEIGHTS, SOURCE)},
+        "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
 
@@ -224,7 +249,7 @@ def _describe(config: DecoderConfig, recipe: Recipe, layout: Layout, sha256: str
 def _fill(gguf: GGUFFile, layout: Layout, file: BinaryIO, threads: int, progress: ByteProgress | None) -> None:
     """Turn every source tensor, some rows at a time on each thread (NumPy lets go of the interpreter's lock)."""
     file.truncate(layout.n_bytes)
-    total, done = sum(job.tensor.n_bytes for job in layout.jobs), 0
+    total, done = sum(job.tensor.row_bytes * job.n_rows for job in layout.jobs), 0
     lock = Lock()
 
     def turn(job: Job, rows: slice) -> None:
@@ -232,10 +257,13 @@ def _fill(gguf: GGUFFile, layout: Layout, file: BinaryIO, threads: int, progress
         quantized = _quantize(gguf, job, rows)
         matrix, first = job.matrix, job.first_row + rows.start
         with lock:
-            for span, values in ((matrix.packed, quantized.packed), (matrix.scales, quantized.scales)):
+            stored = [(matrix.packed, quantized.packed), (matrix.scales, quantized.scales)]
+            if matrix.zeros is not None and quantized.zeros is not None:
+                stored.append((matrix.zeros, pack_zeros(quantized.zeros, matrix.bits)))
+            for span, values in stored:
                 file.seek(span.offset + first * (span.length // matrix.n_rows))
                 file.write(np.ascontiguousarray(values).data)
-            done += job.tensor.n_bytes * (rows.stop - rows.start) // job.tensor.shape[0]
+            done += job.tensor.row_bytes * (rows.stop - rows.start)
             if progress is not None:
                 progress(min(done, total), total)
 
@@ -252,19 +280,20 @@ def _fill(gguf: GGUFFile, layout: Layout, file: BinaryIO, threads: int, progress
 
 
 def _row_chunks(job: Job) -> Iterator[slice]:
-    n_rows, row_length = job.tensor.shape
+    n_rows, row_length = job.n_rows, job.tensor.shape[1]
     step = max(1, CHUNK_WEIGHTS // row_length)
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
 def _quantize(gguf: GGUFFile, job: Job, rows: slice) -> QuantizedRows:
-    name = job.tensor.name
+    name, wanted = job.tensor.name, rows if job.picked is None else job.picked[rows]
     if job.exact:
-        return repack_exact(gguf.raw(name)[rows], job.tensor.type)
-    weights = gguf.dequantize(name, rows)
+        return repack_exact(gguf.raw(name)[wanted], job.tensor.type)
+    weights = gguf.dequantize(name, wanted)
     if not np.isfinite(weights).all():
         raise ModelFormatError(f"{gguf.path}: {name} holds values that are not finite")
-    return quantize_rows(weights, bits=job.matrix.bits, block=job.matrix.block)
+    zero_points = job.matrix.zeros is not None
+    return quantize_rows(weights, bits=job.matrix.bits, block=job.matrix.block, zero_points=zero_points)
 
 
 @contextmanager

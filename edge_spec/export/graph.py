@@ -5,10 +5,12 @@ Inputs (S new tokens, R rows, C cached positions):
   rows                  int64   [R]                 which of the S positions get logits
   seqlens_k             int32   [1]                 length of the sequence after this pass, less one
   total_sequence_length int32   []                  that length
-  cos, sin              float32 [C, rope_dim/2]     rotary tables
+  cos, sin              float32 [C, rope_dim/2]     rotary tables, and cos.local, sin.local where windowed layers
+                                                    have others
   past_key.L, past_value.L   float32 [1, n_kv_head, C, head_dim]
 Outputs:
-  logits                float32 [1, R, n_vocab]
+  logits                float32 [1, R, rows of the head]
+  hidden                float32 [1, R, hidden]      what the head is applied to; only where the head is trimmed
   key.L, value.L        as past_*; bound to the same memory, so that the cache is written in place
 
 The last layer works on the R rows alone once its attention is done: nothing later needs the others.
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     import onnx
 
 MS = "com.microsoft"
+HEAD = "output"
+"""The projection that makes logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class StoredMatrix:
     block: int
     packed: Span
     scales: Span
+    zeros: Span | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ class _Builder:
         self.weights_file = weights_file
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.head_rows = sum(part.n_rows for part in weights.matrices[HEAD])
+        self.trimmed = self.head_rows < config.n_vocab
 
     def build(self) -> onnx.ModelProto:
         onnx, config = self.onnx, self.config
@@ -82,6 +89,8 @@ class _Builder:
             self.initializers.append(onnx.numpy_helper.from_array(vector, name))
         # `residual` runs through the layers; each norm adds the branch before it and hands the sum on.
         residual, branch = "embeddings", None
+        if config.embedding_scale != 1:
+            residual = self.scale(residual, config.embedding_scale, "embeddings.scaled")
         for layer in range(config.n_layer):
             block = f"blk.{layer}."
             normed, residual = self.norm(block + "attn_norm", residual, branch)
@@ -89,11 +98,13 @@ class _Builder:
             if layer == config.n_layer - 1:
                 branch = self.op("Gather", [branch, "rows"], block + "attention_rows", axis=1)
                 residual = self.op("Gather", [residual, "rows"], block + "residual_rows", axis=1)
-            branch = self.project(block + "attn_output", branch)
+            branch = self.post_norm(block + "post_attention_norm", self.project(block + "attn_output", branch))
             normed, residual = self.norm(block + "ffn_norm", residual, branch)
-            branch = self.feed_forward(block, normed)
+            branch = self.post_norm(block + "post_ffw_norm", self.feed_forward(block, normed))
         normed, _ = self.norm("output_norm", residual, branch)
-        self.project("output", normed, output="logits")
+        self.logits(normed)
+        if self.trimmed:
+            self.op("Identity", [normed], "hidden")
         graph = onnx.helper.make_graph(
             self.nodes, config.architecture, self.inputs(), self.outputs(), initializer=self.initializers
         )
@@ -103,28 +114,74 @@ class _Builder:
     def attention(self, layer: int, normed: str) -> str:
         config, block = self.config, f"blk.{layer}."
         qkv = self.project(block + "attn_qkv", normed)
+        sources = self.normed_heads(block, qkv) if config.traits.qk_norm else [qkv, "", ""]
         past = [f"past_key.{layer}", f"past_value.{layer}"]
-        inputs = [qkv, "", "", *past, "seqlens_k", "total_sequence_length", "cos", "sin"]
-        rotary = {"rotary_embedding_dim": config.rope_dim} if config.rope_dim != config.head_dim else {}
+        tables = config.rope_of(layer)
+        optional = {
+            "scale": config.attention_scale,
+            "softcap": config.attention_softcap,
+            "local_window_size": config.window(layer),
+        }
         return self.op(
             "GroupQueryAttention",
-            inputs,
+            [*sources, *past, "seqlens_k", "total_sequence_length", *tables],
             block + "attention",
             more_outputs=[f"key.{layer}", f"value.{layer}"],
             domain=MS,
             num_heads=config.n_head,
             kv_num_heads=config.n_kv_head,
-            do_rotary=1,
+            do_rotary=int(bool(tables)),
             rotary_interleaved=int(config.rope_interleaved),
-            **rotary,
+            **{name: value for name, value in optional.items() if value},
         )
 
+    def normed_heads(self, block: str, qkv: str) -> list[str]:
+        """Queries and keys, each head normed, and values, out of their one product."""
+        heads = (self.config.n_head, self.config.n_kv_head, self.config.n_kv_head)
+        widths = self.constant(f"{qkv}.widths", [n * self.config.head_dim for n in heads])
+        query, key, value = (f"{block}attn_{part}" for part in "qkv")
+        self.op("Split", [qkv, widths], query, [key, value], axis=-1)
+        return [self.normed_head(query, heads[0]), self.normed_head(key, heads[1]), value]
+
+    def normed_head(self, name: str, n_head: int) -> str:
+        width = self.config.head_dim
+        apart = self.constant(f"{name}.apart", [1, -1, n_head, width])
+        joined = self.constant(f"{name}.joined", [1, -1, n_head * width])
+        normed, _ = self.norm(f"{name}_norm", self.op("Reshape", [name, apart], f"{name}.by_head"), None)
+        return self.op("Reshape", [normed, joined], f"{name}.normed")
+
     def feed_forward(self, block: str, normed: str) -> str:
-        gate = self.project(block + "ffn_gate", normed)
-        up = self.project(block + "ffn_up", normed)
+        if self.config.traits.fused_inputs:
+            both = self.project(block + "ffn_up", normed)
+            gate, up = block + "ffn_gate", block + "ffn_up.half"
+            self.op("Split", [both], gate, [up], axis=-1, num_outputs=2)
+        else:
+            gate = self.project(block + "ffn_gate", normed)
+            up = self.project(block + "ffn_up", normed)
+        return self.project(block + "ffn_down", self.op("Mul", [self.activate(block, gate), up], block + "ffn_gated"))
+
+    def activate(self, block: str, gate: str) -> str:
+        if self.config.traits.activation == "gelu_tanh":
+            return self.op("FastGelu", [gate], block + "ffn_gelu", domain=MS)
         sigmoid = self.op("Sigmoid", [gate], block + "ffn_sigmoid")
-        silu = self.op("Mul", [gate, sigmoid], block + "ffn_silu")
-        return self.project(block + "ffn_down", self.op("Mul", [silu, up], block + "ffn_gated"))
+        return self.op("Mul", [gate, sigmoid], block + "ffn_silu")
+
+    def logits(self, normed: str) -> str:
+        """The head, and the bound on its logits if there is one."""
+        cap = self.config.logit_softcap
+        if not cap:
+            return self.project(HEAD, normed, output="logits")
+        unbounded = self.project(HEAD, normed, output="unbounded")
+        bounded = self.op("Tanh", [self.scale(unbounded, 1 / cap, "logits.in_caps")], "logits.bounded")
+        return self.scale(bounded, cap, "logits")
+
+    def scale(self, x: str, factor: float, output: str) -> str:
+        """x times a number."""
+        return self.op("Mul", [x, self.constant(f"{output}.factor", factor)], output)
+
+    def post_norm(self, name: str, branch: str) -> str:
+        """RMS norm of a branch before it joins the residual stream, in architectures that have it."""
+        return self.norm(name, branch, None)[0] if self.config.traits.post_norms else branch
 
     def norm(self, name: str, residual: str, branch: str | None) -> tuple[str, str]:
         """RMS norm of residual + branch; returns the normed value and the sum."""
@@ -156,9 +213,14 @@ class _Builder:
         packed_shape = [matrix.n_rows, blocks, matrix.block * matrix.bits // 8]
         self.store(name, self.onnx.TensorProto.UINT8, packed_shape, matrix.packed)
         self.store(f"{name}.scales", self.onnx.TensorProto.FLOAT, [matrix.n_rows, blocks], matrix.scales)
+        inputs = [x, name, f"{name}.scales"]
+        if matrix.zeros is not None:
+            row_bytes = matrix.zeros.length // matrix.n_rows
+            self.store(f"{name}.zeros", self.onnx.TensorProto.UINT8, [matrix.n_rows, row_bytes], matrix.zeros)
+            inputs.append(f"{name}.zeros")
         return self.op(
             "MatMulNBits",
-            [x, name, f"{name}.scales"],
+            inputs,
             output,
             domain=MS,
             N=matrix.n_rows,
@@ -167,6 +229,12 @@ class _Builder:
             block_size=matrix.block,
             accuracy_level=4,  # int8 activations: the integer dot products that make several rows cheap
         )
+
+    def constant(self, name: str, value: float | list[int]) -> str:
+        """A number, float32, or a shape, int64, inside the graph."""
+        array = np.array(value, np.int64 if isinstance(value, list) else np.float32)
+        self.initializers.append(self.onnx.numpy_helper.from_array(array, name))
+        return name
 
     def store(self, name: str, kind: int, shape: Sequence[int], span: Span) -> None:
         """Declare an initializer whose bytes lie in the weights file."""
@@ -200,14 +268,15 @@ class _Builder:
             value("rows", i64, ["rows"]),
             value("seqlens_k", i32, [1]),
             value("total_sequence_length", i32, []),
-            value("cos", f32, table),
-            value("sin", f32, table),
+            *(value(name, f32, table) for name in config.rope_names),
             *self.caches("past_key", "past_value"),
         ]
 
     def outputs(self) -> list[onnx.ValueInfoProto]:
-        logits = self.value("logits", self.onnx.TensorProto.FLOAT, [1, "rows", self.config.n_vocab])
-        return [logits, *self.caches("key", "value")]
+        f32 = self.onnx.TensorProto.FLOAT
+        logits = self.value("logits", f32, [1, "rows", self.head_rows])
+        hidden = [self.value("hidden", f32, [1, "rows", self.config.hidden])] if self.trimmed else []
+        return [logits, *hidden, *self.caches("key", "value")]
 
     def caches(self, *names: str) -> list[onnx.ValueInfoProto]:
         shape: list[int | str] = [1, self.config.n_kv_head, "n_ctx", self.config.head_dim]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_spec.export.architecture import DecoderConfig, tensor_shapes
-from edge_spec.export.graph import Span, StoredMatrix
+from edge_spec.export.graph import HEAD, Span, StoredMatrix
 from edge_spec.export.quantize import EXACT_BITS, EXACT_BLOCK
 from edge_spec.export.recipe import Recipe
 from edge_spec.formats.gguf import GGUFFile, TensorInfo
@@ -26,6 +29,13 @@ class Job:
     matrix: StoredMatrix
     first_row: int
     exact: bool
+    picked: NDArray[np.int64] | None = None
+    """The rows of the tensor to take; None takes all."""
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows it takes."""
+        return self.tensor.shape[0] if self.picked is None else len(self.picked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,44 +48,57 @@ class Layout:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of packed weights and scales, without the padding between them."""
+        """Bytes of packed weights, scales and zero points, without the padding between them."""
         parts = (part for parts in self.matrices.values() for part in parts)
-        return sum(part.packed.length + part.scales.length for part in parts)
+        spans = (span for part in parts for span in (part.packed, part.scales, part.zeros) if span is not None)
+        return sum(span.length for span in spans)
 
 
-def plan_layout(gguf: GGUFFile, config: DecoderConfig, recipe: Recipe) -> Layout:
-    """Give every projection of the decoder its place; parts that are stored alike are fused."""
+def plan_layout(
+    gguf: GGUFFile, config: DecoderConfig, recipe: Recipe, head_ids: NDArray[np.int64] | None = None
+) -> Layout:
+    """Give every projection of the decoder its place; parts that are stored alike are fused.
+
+    `head_ids`: the rows of the output head to keep, None for all.
+    """
     matrices: dict[str, list[StoredMatrix]] = {}
     jobs: list[Job] = []
     end = 0
     for name, tensors in _projections(gguf, config):
         matrices[name] = []
         for bits, block, exact, group in _fuse(tensors, recipe):
-            row_length, n_rows = group[0].shape[1], sum(tensor.shape[0] for tensor in group)
+            picked = head_ids if name == HEAD else None
+            row_length = group[0].shape[1]
+            n_rows = sum(tensor.shape[0] for tensor in group) if picked is None else len(picked)
             packed = Span(_align(end), n_rows * row_length * bits // 8)
             scales = Span(_align(packed.offset + packed.length), n_rows * (row_length // block) * 4)
             end = scales.offset + scales.length
-            matrix = StoredMatrix(n_rows, row_length, bits, block, packed, scales)
+            zeros = None
+            if recipe.zero_points and not exact:
+                zeros = Span(_align(end), n_rows * -(-(row_length // block) * bits // 8))
+                end = zeros.offset + zeros.length
+            matrix = StoredMatrix(n_rows, row_length, bits, block, packed, scales, zeros)
             matrices[name].append(matrix)
             first_row = 0
             for tensor in group:
-                jobs.append(Job(tensor, matrix, first_row, exact))
+                jobs.append(Job(tensor, matrix, first_row, exact, picked))
                 first_row += tensor.shape[0]
     return Layout(matrices, jobs, end)
 
 
 def _projections(gguf: GGUFFile, config: DecoderConfig) -> Iterator[tuple[str, list[TensorInfo]]]:
     """Names of the graph's projections with the source tensors of each."""
-    parts = {part for group in FUSED.values() for part in group}
+    fusable = {} if config.traits.fused_inputs else FUSED
+    parts = {part for group in fusable.values() for part in group}
     for layer in range(config.n_layer):
         block = f"blk.{layer}."
-        for fused, names in FUSED.items():
+        for fused, names in fusable.items():
             yield block + fused, [gguf.tensors[f"{block}{name}.weight"] for name in names]
         for name, shape in tensor_shapes(config).items():
             stem = name.removeprefix(block).removesuffix(".weight")
             if name.startswith(block) and len(shape) == 2 and stem not in parts:
                 yield block + stem, [gguf.tensors[name]]
-    yield "output", [gguf.tensors[config.head_tensor]]
+    yield HEAD, [gguf.tensors[config.head_tensor]]
 
 
 def _fuse(tensors: list[TensorInfo], recipe: Recipe) -> Iterator[tuple[int, int, bool, list[TensorInfo]]]:

@@ -1,6 +1,7 @@
 """Block quantisation in the layout of ONNX Runtime's MatMulNBits.
 
-A row of K weights is cut into K/block blocks, each with one float scale; a weight is `(q - 2**(bits-1)) * scale`.
+A row of K weights is cut into K/block blocks, each with one float scale; a weight is `(q - zero) * scale`, where zero
+is 2**(bits-1) or a level of the block's own.
 Packed weights are uint8 [N, K/block, block*bits/8], for 4 bits the even element in the low nibble; scales are
 float32 [N, K/block]. Source of the layout: onnxruntime `docs/ContribOperators.md`, com.microsoft.MatMulNBits.
 """
@@ -20,32 +21,78 @@ EXACT_BITS = {GGMLType.Q4_0: 4, GGMLType.Q8_0: 8}
 EXACT_BLOCK = 32
 
 
+CLIPPED = (1.0, 0.9, 0.8, 0.7)
+"""Shares of a block's range that are tried where it may be clipped: a few outliers can cost all others their steps."""
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """Some rows of a quantised matrix: `packed` uint8 [N, K/block, block*bits/8], `scales` float32 [N, K/block]."""
+    """Some rows of a quantised matrix.
+
+    `packed` uint8 [N, K/block, block*bits/8], `scales` float32 [N, K/block], `zeros` uint8 [N, K/block] (the level that
+    stands for 0 in each block) or None: 2**(bits-1) in all.
+    """
 
     packed: NDArray[np.uint8]
     scales: NDArray[np.float32]
+    zeros: NDArray[np.uint8] | None = None
 
 
-def quantize_rows(weights: NDArray[np.float32], *, bits: int, block: int) -> QuantizedRows:
+def quantize_rows(weights: NDArray[np.float32], *, bits: int, block: int, zero_points: bool = False) -> QuantizedRows:
     """Round `weights` [N, K] to the nearest of 2**bits levels a block, K a multiple of `block`.
 
-    The scale maps the weight of largest magnitude to the outermost (negative) level, whose sign the scale carries, so
-    that no level is wasted: the rule of GGML's Q4_0.
+    Without zero points the scale maps the weight of largest magnitude to the outermost (negative) level, whose sign the
+    scale carries, so that no level is wasted: the rule of GGML's Q4_0. With them each block's levels cover its range,
+    or the share of it in `CLIPPED` that leaves the smallest squared error.
     """
+    blocks = weights.reshape(len(weights), -1, block)
+    if zero_points:
+        return _quantize_with_zero_points(blocks, bits)
     zero = 1 << (bits - 1)
-    n, k = weights.shape
-    blocks = weights.reshape(n, k // block, block)
     high, low = blocks.max(axis=2), blocks.min(axis=2)
-    extreme = np.where(high > -low, high, low)
-    scales = np.asarray(extreme / np.float32(-zero), dtype=np.float32)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    levels = blocks * inverse[:, :, None]
+    scales = np.asarray(np.where(high > -low, high, low) / np.float32(-zero), dtype=np.float32)
+    levels = blocks * _inverse(scales)[:, :, None]
     # Adding a half and cutting off rounds to nearest, and is several times quicker than rint and a signed clip.
     levels += np.float32(zero + 0.5)
     np.minimum(levels, np.float32((1 << bits) - 1), out=levels)
     return QuantizedRows(_pack(levels.astype(np.uint8), bits), scales)
+
+
+def _quantize_with_zero_points(blocks: NDArray[np.float32], bits: int) -> QuantizedRows:
+    top = np.float32((1 << bits) - 1)
+    # Zero has to be a level: many weights are near it.
+    high, low = np.maximum(blocks.max(axis=2), 0), np.minimum(blocks.min(axis=2), 0)
+    best = (np.full(high.shape, np.inf, np.float32), high, high, np.zeros(blocks.shape, np.uint8))
+    for share in CLIPPED:
+        scales = (high - low) * np.float32(share) / top
+        inverse = _inverse(scales)
+        zeros = np.clip(np.rint((top - (high + low) * inverse) / 2), 0, top)
+        levels = blocks * inverse[:, :, None]
+        levels += (zeros + np.float32(0.5))[:, :, None]
+        np.clip(levels, 0, top, out=levels)
+        np.floor(levels, out=levels)
+        error = (levels - zeros[:, :, None]) * scales[:, :, None]
+        error -= blocks
+        squared = np.einsum("nkb,nkb->nk", error, error)
+        better = squared < best[0]
+        candidate = (squared, scales, zeros, levels.astype(np.uint8))
+        best = tuple(
+            np.where(better if new.ndim == 2 else better[:, :, None], new, old)
+            for new, old in zip(candidate, best, strict=True)
+        )
+    _, scales, zeros, packed = best
+    return QuantizedRows(_pack(packed, bits), scales, zeros.astype(np.uint8))
+
+
+def _inverse(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+
+
+def pack_zeros(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Zero points [N, blocks] as MatMulNBits wants them: uint8 [N, ceil(blocks*bits/8)], the even block low."""
+    if bits == 4 and zeros.shape[1] % 2:
+        zeros = np.pad(zeros, ((0, 0), (0, 1)))
+    return _pack(zeros, bits)
 
 
 def repack_exact(raw: NDArray[np.uint8], kind: GGMLType) -> QuantizedRows:
@@ -67,7 +114,8 @@ def dequantize_rows(rows: QuantizedRows, *, bits: int) -> NDArray[np.float32]:
     """The float32 weights [N, K] that `rows` stand for."""
     packed = rows.packed
     levels = packed if bits == 8 else np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
-    values = (levels.astype(np.float32) - np.float32(1 << (bits - 1))) * rows.scales[:, :, None]
+    zeros = np.float32(1 << (bits - 1)) if rows.zeros is None else rows.zeros.astype(np.float32)[:, :, None]
+    values = (levels.astype(np.float32) - zeros) * rows.scales[:, :, None]
     return values.reshape(packed.shape[0], -1)
 
 

@@ -75,7 +75,10 @@ class GGUFArray(Sequence[Scalar]):
         if isinstance(index, slice):
             return self.strings()[index]
         at = range(self._length)[index]
-        return next(text for i, text in enumerate(self) if i == at)
+        position, read_length = self._start, _U64.unpack_from
+        for _ in range(at):
+            position += 8 + read_length(self._data, position)[0]
+        return next(self._walk(position, at))
 
     def __iter__(self) -> Iterator[Scalar]:
         if self.type is ValueType.STRING:
@@ -98,9 +101,11 @@ class GGUFArray(Sequence[Scalar]):
             raise TypeError(f"{self._name} holds numbers")
         return list(self._walk())
 
-    def _walk(self) -> Iterator[str]:
-        data, position, read_length = self._data, self._start, _U64.unpack_from
-        for index in range(self._length):
+    def _walk(self, position: int | None = None, first: int = 0) -> Iterator[str]:
+        """The strings from number `first` on, which lies at `position` (default: the start)."""
+        data, read_length = self._data, _U64.unpack_from
+        position = self._start if position is None else position
+        for index in range(first, self._length):
             start = position + 8
             position = start + read_length(data, position)[0]
             try:

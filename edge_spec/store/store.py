@@ -84,6 +84,7 @@ class Store:
         self.data_dir = data_dir
         self.cache_dir = cache_dir or data_dir / "cache"
         self.exports_dir = data_dir / "exports"
+        self.history_dir = data_dir / "history"
         self._manifests = manifests or manifest_folder()
 
     @cached_property

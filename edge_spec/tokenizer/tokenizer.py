@@ -50,34 +50,41 @@ class Tokenizer:
         self._specials = SpecialTokens(texts, vocabulary.control, swallowing)
 
     @classmethod
-    def from_gguf(cls, gguf: GGUFFile) -> Tokenizer:
+    def from_gguf(cls, gguf: GGUFFile, *, share: Tokenizer | None = None) -> Tokenizer:
         """Read the tokenizer of a model.
+
+        `share` is returned instead where the file lists the same vocabulary. That saves most of the time and memory,
+        and will do for a draft: its ids mean the same, and its text is never encoded.
 
         UnsupportedArchitectureError names a kind of tokenizer, or a pre-tokenizer, that is not known here;
         ModelFormatError says what does not fit together.
         """
         model = gguf.get_str("tokenizer.ggml.model")
         if model == "gpt2":
-            return cls._from_bpe(gguf)
+            return cls._from_bpe(gguf, share)
         if model == "llama":
-            return cls._from_spm(gguf)
+            return cls._from_spm(gguf, share)
         raise UnsupportedArchitectureError(
             f"{gguf.path.name}: the tokenizer {model!r} is not supported; these are: {', '.join(SUPPORTED_MODELS)}"
         )
 
     @classmethod
-    def _from_bpe(cls, gguf: GGUFFile) -> Tokenizer:
+    def _from_bpe(cls, gguf: GGUFFile, share: Tokenizer | None) -> Tokenizer:
         family = find(gguf.get_str("tokenizer.ggml.pre", "default"))
-        merges = gguf.get_strings("tokenizer.ggml.merges")
         vocabulary = Vocabulary.from_gguf(gguf, default_bos=None, default_eos=None, add_bos=family.add_bos)
+        if share is not None and share.vocabulary == vocabulary:
+            return share
+        merges = gguf.get_strings("tokenizer.ggml.merges")
         encoder = bpe.BytePairEncoder(vocabulary.tokens, merges, family)
         if gguf.get_bool("tokenizer.ggml.add_space_prefix", False):
             raise UnsupportedArchitectureError(f"{gguf.path.name}: a byte-level vocabulary with a space prefix")
         return cls(vocabulary, encoder, is_spm=False, space_prefix=False, swallow_space=_is_phi3(gguf))
 
     @classmethod
-    def _from_spm(cls, gguf: GGUFFile) -> Tokenizer:
+    def _from_spm(cls, gguf: GGUFFile, share: Tokenizer | None) -> Tokenizer:
         vocabulary = Vocabulary.from_gguf(gguf, default_bos=1, default_eos=2, add_bos=True)
+        if share is not None and share.vocabulary == vocabulary:
+            return share
         encoder = spm.SentencePieceEncoder(vocabulary.tokens, vocabulary.kinds, _scores(gguf, len(vocabulary.tokens)))
         space_prefix = gguf.get_bool("tokenizer.ggml.add_space_prefix", True)
         return cls(vocabulary, encoder, is_spm=True, space_prefix=space_prefix, swallow_space=_is_phi3(gguf))
@@ -166,14 +173,15 @@ class Tokenizer:
 
 
 class _Pieces:
-    """Bytes of a token as a stream shows them."""
+    """Bytes of a token as a stream shows them; none for an id in the padding that a model's logits may end with."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.vocabulary.control if skip_special else frozenset()
 
     def __call__(self, token: int) -> bytes:
-        return b"" if token in self._hidden else self._tokenizer.token_bytes(token)
+        hidden = token in self._hidden or token >= self._tokenizer.n_vocab
+        return b"" if hidden else self._tokenizer.token_bytes(token)
 
 
 def _scores(gguf: GGUFFile, n_tokens: int) -> list[float]:

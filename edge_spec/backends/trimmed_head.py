@@ -1,0 +1,73 @@
+"""The logits of a model whose output head has only some of the vocabulary's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.export import Export
+from edge_spec.formats.gguf import GGUFFile
+from edge_spec.types import Logits
+
+_MAX_REACHED = 4096
+"""Tokens that can be reached beside the head's; past that the ones of earlier texts are forgotten."""
+
+
+class TrimmedHead:
+    """Spreads a trimmed head's logits over the vocabulary, and scores tokens that were asked for in NumPy.
+
+    `logits` float32 [max_rows, head rows] and `hidden` float32 [max_rows, hidden] are what the graph writes.
+    """
+
+    def __init__(self, export: Export, ids: NDArray[np.int64], max_rows: int, source: GGUFFile) -> None:
+        self.logits: Logits = np.empty((max_rows, len(ids)), np.float32)
+        self.hidden = np.empty((max_rows, export.config.hidden), np.float32)
+        self._ids = ids
+        self._source = source
+        self._tensor = export.config.head_tensor
+        self._softcap = export.config.logit_softcap
+        self._known = np.zeros(export.config.n_vocab, bool)
+        self._reached = self._forgotten = np.empty(0, np.int64)
+        self._rows = np.empty((0, export.config.hidden), np.float32)
+        self._forget()
+
+    @classmethod
+    def of(cls, export: Export, max_rows: int, source: GGUFFile) -> TrimmedHead | None:
+        """The trimmed head of an export, None if its head is whole."""
+        ids = export.read_head_ids()
+        return None if ids is None else cls(export, ids, max_rows, source)
+
+    def reach(self, tokens: Iterable[int]) -> None:
+        """Score these tokens too, from the source's own rows of the head."""
+        asked = np.unique(np.fromiter(tokens, np.int64))
+        new = asked[~self._known[asked]]
+        if not len(new):
+            return
+        if len(self._reached) + len(new) > _MAX_REACHED:
+            self._forget()
+            new = asked[~self._known[asked]][:_MAX_REACHED]
+        self._reached = np.concatenate([self._reached, new])
+        self._rows = np.concatenate([self._rows, self._source.dequantize(self._tensor, new)])
+        self._known[new] = True
+
+    def spread(self, out: Logits, rows: int) -> None:
+        """Write the last pass's logits into the first `rows` of `out` [max_rows, n_vocab].
+
+        All other entries are minus infinity, and have to be before the first call.
+        """
+        if len(self._forgotten):
+            out[:, self._forgotten] = -np.inf
+            self._forgotten = self._forgotten[:0]
+        out[:rows, self._ids] = self.logits[:rows]
+        if len(self._reached):
+            reached = self.hidden[:rows] @ self._rows.T
+            out[:rows, self._reached] = self._softcap * np.tanh(reached / self._softcap) if self._softcap else reached
+
+    def _forget(self) -> None:
+        self._known[:] = False
+        self._known[self._ids] = True
+        self._forgotten = np.concatenate([self._forgotten, self._reached])
+        self._reached = np.empty(0, np.int64)
+        self._rows = np.empty((0, self.hidden.shape[1]), np.float32)

@@ -1,0 +1,120 @@
+"""A trimmed head gives the logits that the whole head gives, for the tokens that it keeps or was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_spec.backends import trimmed_head
+from edge_spec.backends.onnx import OnnxModel
+from edge_spec.decoding import Session, SpeculativeDecoder
+from edge_spec.drafting import ModelDrafter
+from edge_spec.errors import ModelFormatError
+from edge_spec.export import Export, Recipe, export_model, open_export
+from edge_spec.export.trim import head_ids
+from edge_spec.formats.gguf import GGUFFile
+from tests.tiny_models import write_tiny_gguf
+
+N_VOCAB, HEAD_ROWS = 640, 300
+TOKENS = [1, 40, 7, 99, 250]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "tiny.gguf"
+    return write_tiny_gguf(path, n_vocab=N_VOCAB, tied=request.param, tensor_type="F16")
+
+
+@pytest.fixture(scope="module")
+def exports(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Export, Export]:
+    """The same model with its whole head and with a trimmed one."""
+    folder = tmp_path_factory.mktemp("exports")
+    recipes = Recipe("whole", bits=8, block=32), Recipe("trimmed", bits=8, block=32, head_rows=HEAD_ROWS)
+    whole, trimmed = (export_model(source, recipe, folder / recipe.name, sha256="0" * 64) for recipe in recipes)
+    return whole, trimmed
+
+
+@pytest.fixture
+def models(exports: tuple[Export, Export]) -> Iterator[tuple[OnnxModel, OnnxModel]]:
+    whole, trimmed = (OnnxModel(export, name="tiny", n_ctx=64, threads=1) for export in exports)
+    yield whole, trimmed
+    whole.close()
+    trimmed.close()
+
+
+def test_the_head_keeps_the_first_ids_and_every_control_token(source: Path, exports: tuple[Export, Export]) -> None:
+    ids = exports[1].read_head_ids()
+    assert ids is not None
+    with GGUFFile(source) as gguf:
+        names = gguf.get_strings("tokenizer.ggml.tokens")
+    control = [names.index(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    assert set(ids) == {*range(HEAD_ROWS), *control}
+    assert exports[1].weight_bytes < exports[0].weight_bytes
+    assert exports[0].read_head_ids() is None
+
+
+def test_a_head_that_would_lose_little_is_left_whole(source: Path) -> None:
+    with GGUFFile(source) as gguf:
+        assert head_ids(gguf, N_VOCAB, N_VOCAB - 10) is None
+        assert head_ids(gguf, N_VOCAB, 0) is None
+
+
+def test_kept_tokens_have_their_logits_and_the_others_none(models: tuple[OnnxModel, OnnxModel]) -> None:
+    whole, trimmed = (model.decode(TOKENS, rows=3).logits.copy() for model in models)
+    kept = np.isfinite(trimmed[0])
+    assert HEAD_ROWS <= kept.sum() <= HEAD_ROWS + 3
+    assert trimmed.shape == whole.shape == (3, N_VOCAB)
+    np.testing.assert_allclose(trimmed[:, kept], whole[:, kept], atol=1e-5)
+    assert (trimmed[:, ~kept] == -np.inf).all()
+
+
+def test_tokens_that_are_reached_have_theirs_too(models: tuple[OnnxModel, OnnxModel]) -> None:
+    whole, trimmed = models
+    reached = [500, 600, 501, 3]
+    trimmed.reach(reached)
+    trimmed.reach([500])
+    expected, logits = whole.decode(TOKENS, rows=2).logits, trimmed.decode(TOKENS, rows=2).logits
+    np.testing.assert_allclose(logits[:, reached], expected[:, reached], atol=0.05)
+    assert logits[0, 502] == -np.inf
+
+
+def test_past_the_limit_earlier_tokens_are_forgotten(
+    models: tuple[OnnxModel, OnnxModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trimmed_head, "_MAX_REACHED", 4)
+    _, trimmed = models
+    trimmed.reach([500, 501, 502])
+    trimmed.decode(TOKENS)
+    trimmed.reach([510, 511])
+    logits = trimmed.decode(TOKENS).logits[0]
+    assert np.isfinite(logits[[510, 511]]).all()
+    assert (logits[[500, 501, 502]] == -np.inf).all()
+
+
+def test_a_trimmed_draft_changes_nothing_that_is_written(exports: tuple[Export, Export]) -> None:
+    def write(drafter: ModelDrafter | None) -> list[int]:
+        target = OnnxModel(exports[0], name="target", n_ctx=64, threads=1)
+        target.align_rows(2)
+        decoder = SpeculativeDecoder(Session(target), drafter)
+        tokens = [token for step in decoder.generate(TOKENS, max_tokens=40) for token in step.tokens]
+        assert drafter is None or decoder.stats.accepted > 0
+        target.close()
+        return tokens
+
+    draft = OnnxModel(exports[1], name="draft", n_ctx=64, threads=1)
+    assert write(ModelDrafter(Session(draft))) == write(None)
+    draft.close()
+
+
+def test_damaged_head_ids_are_refused(exports: tuple[Export, Export], tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(exports[1].path, copy)
+    n_bytes = (copy / "head_ids.npy").stat().st_size
+    (copy / "head_ids.npy").write_bytes(b"x" * n_bytes)
+    with pytest.raises(ModelFormatError, match="export it again"):
+        open_export(copy).read_head_ids()
