@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-pytest.importorskip("openvino")
-
 from edge_spec.backends.alignment import find_alignment
+from edge_spec.backends.onnx import OnnxModel
 from edge_spec.backends.openvino import OpenVinoModel
-from edge_spec.errors import UsageError
-from edge_spec.export import RECIPES, Export, export_model
+from edge_spec.errors import BackendError, UsageError
+from edge_spec.export import RECIPES, Export, Recipe, export_model
 from tests.contract import CausalLMContract, EqualRowsContract, MakeModel
 from tests.reference_decoder import reference_logits
 from tests.tiny_models import write_tiny_gguf
 
+pytestmark = pytest.mark.openvino
+
+TRIMMED = Recipe("trimmed", bits=4, block=128, zero_points=True, head_rows=256)
+
 
 class OpenVinoContract(CausalLMContract):
-    recipe: ClassVar[str] = "int4"
+    recipe: ClassVar[Recipe] = RECIPES["int4"]
     aligned: ClassVar[bool] = True
 
     @pytest.fixture(scope="class")
@@ -33,7 +37,7 @@ class OpenVinoContract(CausalLMContract):
     @classmethod
     def export(cls, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
         path = tmp_path_factory.mktemp("export") / "model"
-        return export_model(source, RECIPES[cls.recipe], path, sha256="0" * 64, threads=1)
+        return export_model(source, cls.recipe, path, sha256="0" * 64, threads=1)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -65,12 +69,29 @@ class TestInt4Unaligned(OpenVinoContract):
     atol = 0.2  # a pass of one row goes through another kernel, which rounds otherwise
 
 
+class TestTrimmed(OpenVinoContract):
+    """With every token reached; what a trimmed head is not asked for has no logits."""
+
+    recipe = TRIMMED
+    aligned = False
+    atol = 0.2
+
+    @pytest.fixture
+    def make_model(self, export: Export) -> MakeModel:
+        def make(n_ctx: int) -> OpenVinoModel:
+            model = OpenVinoModel(export, name="tiny", n_ctx=n_ctx, threads=1)
+            model.reach(range(model.spec.n_vocab))
+            return model
+
+        return make
+
+
 class TestInt8(OpenVinoContract, EqualRowsContract):
-    recipe = "int8"
+    recipe = RECIPES["int8"]
 
 
 class TestExactQ4(OpenVinoContract, EqualRowsContract):
-    recipe = "exact"
+    recipe = RECIPES["exact"]
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -90,6 +111,66 @@ class TestSmolLM2(OpenVinoContract, EqualRowsContract):
     @classmethod
     def source(cls, smollm2_path: Path) -> Path:
         return smollm2_path
+
+
+LINEAR = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+PARTIAL = {"llama.rope.dimension_count": 32}
+YARN_OF_NO_MAGNITUDE = {"mistral3.rope.scaling.yarn_log_multiplier": 1.0}
+ODD = {"hidden": 384, "n_head": 6, "ff": 640}
+"""Rows of three and of five blocks: their 4-bit zero points end within a byte."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        (RECIPES["int4"], {}),
+        (RECIPES["int4"], ODD),
+        (RECIPES["int4"], {**ODD, "n_vocab": 513}),
+        (Recipe("int8 with zero points", bits=8, block=64, zero_points=True), {}),
+        (RECIPES["int8"], {"metadata": LINEAR}),
+        (RECIPES["int8"], {"metadata": PARTIAL}),
+        (RECIPES["int8"], {"architecture": "mistral3", "metadata": YARN_OF_NO_MAGNITUDE}),
+    ],
+    ids=["int4", "odd-blocks", "odd-rows", "int8-zeros", "linear-rope", "partial-rope", "yarn"],
+)
+def test_logits_are_those_of_the_onnx_backend(recipe: Recipe, model: dict[str, Any], tmp_path: Path) -> None:
+    """The same weights, and activations rounded alike, over more than a block of the cache."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", **{"n_vocab": 512, "tensor_type": "F16", **model})
+    export = export_model(path, recipe, tmp_path / "out", sha256="0" * 64, threads=1)
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, export.config.n_vocab, 48)]
+    logits = []
+    for kind in (OnnxModel, OpenVinoModel):
+        opened = kind(export, name="tiny", n_ctx=64, threads=1)
+        opened.decode(tokens[:36], rows=0)
+        logits.append(opened.decode(tokens[36:], rows=12).logits.copy())
+        opened.close()
+    assert np.corrcoef(logits[0].ravel(), logits[1].ravel())[0, 1] > 0.999
+    assert np.std(logits[1]) == pytest.approx(np.std(logits[0]), rel=0.02)
+
+
+def test_a_trimmed_head_gives_its_own_tokens_and_those_it_is_asked_for(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512, tensor_type="F16")
+    whole, trimmed = (
+        OpenVinoModel(
+            export_model(path, recipe, tmp_path / recipe.name, sha256="0" * 64), name="tiny", n_ctx=64, threads=1
+        )
+        for recipe in (replace(TRIMMED, name="whole", head_rows=0), TRIMMED)
+    )
+    tokens = [1, 40, 7, 99, 250]
+    expected = whole.decode(tokens, rows=3).logits.copy()
+    logits = trimmed.decode(tokens, rows=3).logits
+    kept = np.isfinite(logits[0])
+    assert TRIMMED.head_rows <= kept.sum() <= TRIMMED.head_rows + 3
+    np.testing.assert_allclose(logits[:, kept], expected[:, kept], atol=0.05)
+    assert (logits[:, ~kept] == -np.inf).all()
+    reached = int(np.flatnonzero(~kept)[0])
+    trimmed.reach([reached])
+    trimmed.rollback(0)
+    again = trimmed.decode(tokens, rows=3).logits
+    assert np.isfinite(again[:, reached]).all()
+    assert np.isfinite(again).sum() == 3 * (kept.sum() + 1)
+    whole.close()
+    trimmed.close()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
@@ -114,3 +195,10 @@ def test_a_padding_that_was_never_tried_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="1, 2, 4"):
         model.align_rows(3)
     model.close()
+
+
+def test_want_of_memory_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512)
+    export = export_model(path, RECIPES["int4"], tmp_path / "out", sha256="0" * 64, threads=1)
+    with pytest.raises(BackendError, match="not enough memory for loading tiny; lower --ctx"):
+        OpenVinoModel(export, name="tiny", n_ctx=1 << 50, threads=1)

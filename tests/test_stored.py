@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_spec.errors import ModelFormatError
-from edge_spec.export import RECIPES, export_model
+from edge_spec.export import RECIPES, Recipe, export_model
 from edge_spec.export.layout import plan_layout
 from edge_spec.export.stored import give_back, map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
@@ -28,6 +28,17 @@ def test_every_matrix_and_vector_is_where_the_exporter_put_it(recipe: str, tmp_p
         assert np.array_equal(weights.vectors["output_norm.weight"], gguf.dequantize("output_norm.weight"))
         biases = np.concatenate([gguf.dequantize(f"blk.1.attn_{part}.bias") for part in "qkv"])
         assert np.array_equal(weights.vectors["blk.1.attn_qkv.bias"], biases)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_and_a_trimmed_head_are_found_too(bits: int, tmp_path: Path) -> None:
+    source = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512)
+    recipe = Recipe("trimmed", bits=bits, block=128, zero_points=True, head_rows=128)
+    export = export_model(source, recipe, tmp_path / "out", sha256="0" * 64, threads=1)
+    weights = read_weights(export)
+    with GGUFFile(source) as gguf:
+        assert weights.matrices == plan_layout(gguf, export.config, recipe, export.read_head_ids()).matrices
+    assert all(part.zeros is not None for parts in weights.matrices.values() for part in parts)
 
 
 def test_mapped_weights_read_the_same_after_they_were_given_back(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ Inputs (S new tokens, R rows, P blocks in the cache, B of them in use):
   max_context_len       int32   []                  tokens cached after this pass
   key_cache.L, value_cache.L   [P, n_kv_head, 32, head_dim], of the element type that the model is compiled for;
                         owned by the caller, written in place
-Output:
-  logits                float32 [R, n_vocab]
+Outputs:
+  logits                float32 [R, rows of the head]
+  hidden                float32 [R, hidden]         what the head is applied to; only where the head is trimmed
 
 The last layer works on the R rows alone once its attention is done: nothing later needs the others.
 """
@@ -26,11 +27,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edge_spec.export.architecture import DecoderConfig
-from edge_spec.export.graph import StoredMatrix, Weights
+from edge_spec.export.graph import HEAD, StoredMatrix, Weights
+from edge_spec.export.quantize import pack_levels, unpack_levels
 
 
 def build_model(config: DecoderConfig, weights: Weights, mapped: NDArray[np.uint8]) -> Any:
-    """An `openvino.Model` whose matrices lie in `mapped`, the weights file, which has to outlive it."""
+    """An `openvino.Model` whose matrices lie in `mapped`, the weights file, which has to outlive it.
+
+    `config` has to pass `_openvino_limits.check_expressible`.
+    """
     return _Builder(config, weights, mapped).build()
 
 
@@ -46,16 +51,16 @@ def rotary_partners(config: DecoderConfig) -> tuple[NDArray[np.int64], NDArray[n
     return partner, sign
 
 
-def rotary_factors(config: DecoderConfig, n_ctx: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The inputs `cos` and `sin` of positions 0 to n_ctx, float32 [n_ctx, 1, head_dim]."""
-    cos, sin = config.rope_tables(n_ctx)
-    all_cos = np.ones((n_ctx, 1, config.head_dim), np.float32)
-    all_sin = np.zeros((n_ctx, 1, config.head_dim), np.float32)
+def rotary_factors(config: DecoderConfig, rows: int, n_ctx: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The inputs `cos` and `sin` of `rows` positions, float32 [rows, 1, head_dim], for a cache of `n_ctx` tokens."""
+    tables = config.rope_inputs(rows, n_ctx)
+    cos = np.ones((rows, 1, config.head_dim), np.float32)
+    sin = np.zeros((rows, 1, config.head_dim), np.float32)
     _, sign = rotary_partners(config)
     for dimensions in _pairs(config):
-        all_cos[:, 0, dimensions] = cos
-        all_sin[:, 0, dimensions] = sin * sign[dimensions]
-    return all_cos, all_sin
+        cos[:, 0, dimensions] = tables["cos"]
+        sin[:, 0, dimensions] = tables["sin"] * sign[dimensions]
+    return cos, sin
 
 
 def _pairs(config: DecoderConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -94,9 +99,13 @@ class _Builder:
                 branch, residual = (op.gather(x, rows, self.indices(0)) for x in (branch, residual))
             residual = op.add(residual, self.project(block + "attn_output", branch))
             residual = op.add(residual, self.feed_forward(block, self.norm(block + "ffn_norm", residual)))
-        logits = self.project("output", self.norm("output_norm", residual))
-        logits.output(0).get_tensor().set_names({"logits"})
-        return self.ov.Model([op.result(logits)], self.parameters, config.architecture)
+        normed = self.norm("output_norm", residual)
+        outputs = {"logits": self.project(HEAD, normed)}
+        if sum(part.n_rows for part in self.weights.matrices[HEAD]) < config.n_vocab:
+            outputs["hidden"] = normed
+        for name, node in outputs.items():
+            node.output(0).get_tensor().set_names({name})
+        return self.ov.Model([op.result(node) for node in outputs.values()], self.parameters, config.architecture)
 
     def attention(self, layer: int, normed: Any) -> Any:
         config = self.config
@@ -171,9 +180,22 @@ class _Builder:
         levels = self.shared(packed, kind, [n, blocks, stored.block])
         scales = self.mapped[stored.scales.offset :][: stored.scales.length].view(np.float32)
         scale = self.shared(scales, self.ov.Type.f32, [n, blocks, 1])
-        zero = self.ov.op.Constant(kind, self.ov.Shape([1, 1, 1]), [1 << (stored.bits - 1)])
-        centred = op.subtract(op.convert(levels, "f32"), op.convert(zero, "f32"))
+        centred = op.subtract(op.convert(levels, "f32"), op.convert(self.zeros(stored, kind), "f32"))
         return op.reshape(op.multiply(centred, scale), self.indices([n, stored.row_length]), False)
+
+    def zeros(self, stored: StoredMatrix, kind: Any) -> Any:
+        """The levels that stand for 0: one of each block, [N, blocks, 1], or one of all, [1, 1, 1]."""
+        if stored.zeros is None:
+            return self.ov.op.Constant(kind, self.ov.Shape([1, 1, 1]), [1 << (stored.bits - 1)])
+        n, blocks = stored.n_rows, stored.row_length // stored.block
+        packed = self.mapped[stored.zeros.offset :][: stored.zeros.length]
+        if blocks * stored.bits % 8 == 0:
+            return self.shared(packed, kind, [n, blocks, 1])
+        # Each row of the file ends on a whole byte; a constant's rows follow each other nibble by nibble.
+        levels = unpack_levels(packed.reshape(n, -1), stored.bits)[:, :blocks]
+        joined = pack_levels(np.pad(levels.ravel(), (0, levels.size % 2)), stored.bits)
+        tensor = self.ov.Tensor(joined, self.ov.Shape([n, blocks, 1]), kind)
+        return self.ov.op.Constant(tensor, shared_memory=False)
 
     def shared(self, values: NDArray[Any], kind: Any, shape: Sequence[int]) -> Any:
         """A constant in the mapped file's own memory."""

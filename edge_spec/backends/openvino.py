@@ -7,7 +7,7 @@ the number of rows here too: see `edge_spec.backends.alignment`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 
 from edge_spec.backends._block_cache import BlockCache
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
+from edge_spec.backends._openvino_limits import check_expressible
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends.onnx import EMBEDDING, MEMORY_REMEDY
+from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import (
     BackendError,
     BackendUnavailableError,
@@ -30,9 +33,7 @@ from edge_spec.export import Export
 from edge_spec.export.graph import Weights
 from edge_spec.export.stored import give_back, map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, ModelSpec
-
-EMBEDDING = "token_embd.weight"
+from edge_spec.types import Decoded, Logits, ModelSpec
 
 BLOCK = 32
 """Tokens in a block of the cache; the plugin's own figure, which its attention insists on."""
@@ -42,12 +43,16 @@ class OpenVinoModel:
     """An export on OpenVINO; implements `backends.base.CausalLM`.
 
     `threads` run one operator at a time. Passes are not padded until `align_rows` says so: a pass then costs what its
-    rows cost, and equal bits are not promised. Raises BackendUnavailableError where OpenVINO is not installed.
+    rows cost, and equal bits are not promised. Raises UnsupportedArchitectureError for an export that only the onnx
+    backend runs, BackendUnavailableError where OpenVINO is not installed.
     """
 
     def __init__(self, export: Export, *, name: str, n_ctx: int, threads: int, max_rows: int = 16) -> None:
-        ov = _library()
         config = export.config
+        check_expressible(config, name, n_ctx)
+        if config.n_ctx_exact and n_ctx > config.n_ctx_exact:
+            raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_exact} tokens")
+        ov = import_library()
         self._padding = 1
         self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
         max_rows = round_up(max_rows, MAX_ALIGNMENT)
@@ -71,7 +76,6 @@ class OpenVinoModel:
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
         weights = read_weights(export)
         self._weights: Any = map_weights(export)
-        self._cos, self._sin = rotary_factors(config, self._capacity)
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",
@@ -82,12 +86,16 @@ class OpenVinoModel:
             "ENABLE_CPU_PINNING": False,
         }
         with _translated(ov, f"loading {name}"):
+            self._cos, self._sin = rotary_factors(config, self._capacity, n_ctx)
+            self._head = TrimmedHead.of(export, max_rows, self._embeddings)
+            # Only a trimmed head's logits have to be spread; a whole one's are read where they are.
+            self._spread: Logits = np.full((max_rows if self._head else 0, config.n_vocab), -np.inf, np.float32)
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = _core().compile_model(model, "CPU", settings)
             self._request: Any = self._compiled.create_infer_request()
-        self._ov = ov
-        self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
-        self._set_cache()
+            self._ov = ov
+            self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
+            self._set_cache()
         # The first pass copies the weights into an order of the plugin's own, and is done with the file.
         self.decode([0], rows=0)
         self.rollback(0)
@@ -128,9 +136,9 @@ class OpenVinoModel:
         self._set("max_context_len", np.array(total, np.int32))
         with _translated(self._ov, f"decoding {n} tokens"):
             self._request.infer(share_outputs=True)
-            logits = self._request.get_output_tensor(0).data
+            outputs = [tensor.data for tensor in self._request.output_tensors]
         self._length += n
-        return Decoded(logits[:rows])
+        return Decoded(self._scored(*outputs, rows=rows))
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, and the memory of what is forgotten goes back to the system."""
@@ -138,6 +146,11 @@ class OpenVinoModel:
             raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
         self._length = length
         self._cache.forget(-(-length // BLOCK))
+
+    def reach(self, tokens: Iterable[int]) -> None:
+        """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
+        if self._head is not None:
+            self._head.reach(tokens)
 
     def align_rows(self, alignment: int | None) -> None:
         """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all.
@@ -153,8 +166,9 @@ class OpenVinoModel:
         self._embeddings.close()
         # The request points into what is held, and the model into the mapped weights: they go first.
         self._request = self._compiled = None
-        self._weights = None
+        self._weights = self._head = None
         self._held.clear()
+        self._spread = np.empty((0, 0), np.float32)
         self._cache = BlockCache(0, (0,))
 
     def _require_open(self) -> None:
@@ -168,6 +182,14 @@ class OpenVinoModel:
         if ids.min() < 0 or ids.max() >= self._spec.n_vocab:
             raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
         return self._embeddings.dequantize(EMBEDDING, ids)
+
+    def _scored(self, logits: Logits, *hidden: NDArray[np.float32], rows: int) -> Logits:
+        """The logits of `rows` rows over the whole vocabulary, from what the graph wrote."""
+        if self._head is None:
+            return logits[:rows]
+        self._head.logits[:rows], self._head.hidden[:rows] = logits[:rows], hidden[0][:rows]
+        self._head.spread(self._spread, rows)
+        return self._spread[:rows]
 
     def _set_cache(self) -> None:
         """Give the request the blocks of each layer's keys and values."""
@@ -198,7 +220,8 @@ def _core() -> Any:
     return openvino.Core()
 
 
-def _library() -> Any:
+def import_library() -> Any:
+    """The openvino package; BackendUnavailableError, with the command that installs it, where there is none."""
     try:
         import openvino
     except ImportError as exc:
@@ -208,8 +231,11 @@ def _library() -> Any:
 
 @contextmanager
 def _translated(ov: Any, doing: str) -> Iterator[None]:
-    """Turn OpenVINO's exceptions (RuntimeErrors, and the binding's own TypeErrors) into BackendError."""
+    """Turn OpenVINO's exceptions (RuntimeErrors, and the binding's own TypeErrors), and a want of memory, which for
+    mapped pages is an OSError, into BackendError."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError) as exc:
+    except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as exc:
+        if isinstance(exc, (MemoryError, OSError)) or "bad_alloc" in str(exc):
+            raise BackendError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
         raise BackendError(f"OpenVINO {ov.__version__} failed while {doing}: {exc}") from exc

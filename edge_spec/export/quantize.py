@@ -55,7 +55,7 @@ def quantize_rows(weights: NDArray[np.float32], *, bits: int, block: int, zero_p
     # Adding a half and cutting off rounds to nearest, and is several times quicker than rint and a signed clip.
     levels += np.float32(zero + 0.5)
     np.minimum(levels, np.float32((1 << bits) - 1), out=levels)
-    return QuantizedRows(_pack(levels.astype(np.uint8), bits), scales)
+    return QuantizedRows(pack_levels(levels.astype(np.uint8), bits), scales)
 
 
 def _quantize_with_zero_points(blocks: NDArray[np.float32], bits: int) -> QuantizedRows:
@@ -81,7 +81,7 @@ def _quantize_with_zero_points(blocks: NDArray[np.float32], bits: int) -> Quanti
             for new, old in zip(candidate, best, strict=True)
         )
     _, scales, zeros, packed = best
-    return QuantizedRows(_pack(packed, bits), scales, zeros.astype(np.uint8))
+    return QuantizedRows(pack_levels(packed, bits), scales, zeros.astype(np.uint8))
 
 
 def _inverse(scales: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -92,7 +92,7 @@ def pack_zeros(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Zero points [N, blocks] as MatMulNBits wants them: uint8 [N, ceil(blocks*bits/8)], the even block low."""
     if bits == 4 and zeros.shape[1] % 2:
         zeros = np.pad(zeros, ((0, 0), (0, 1)))
-    return _pack(zeros, bits)
+    return pack_levels(zeros, bits)
 
 
 def repack_exact(raw: NDArray[np.uint8], kind: GGMLType) -> QuantizedRows:
@@ -106,19 +106,23 @@ def repack_exact(raw: NDArray[np.uint8], kind: GGMLType) -> QuantizedRows:
     scales = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0].astype(np.float32)
     body = blocks[:, :, 2:]
     if kind == GGMLType.Q4_0:
-        return QuantizedRows(_pack(np.concatenate([body & 0x0F, body >> 4], axis=2), 4), scales)
+        return QuantizedRows(pack_levels(np.concatenate([body & 0x0F, body >> 4], axis=2), 4), scales)
     return QuantizedRows(body ^ np.uint8(0x80), scales)
 
 
 def dequantize_rows(rows: QuantizedRows, *, bits: int) -> NDArray[np.float32]:
     """The float32 weights [N, K] that `rows` stand for."""
-    packed = rows.packed
-    levels = packed if bits == 8 else np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
+    levels = unpack_levels(rows.packed, bits)
     zeros = np.float32(1 << (bits - 1)) if rows.zeros is None else rows.zeros.astype(np.float32)[:, :, None]
     values = (levels.astype(np.float32) - zeros) * rows.scales[:, :, None]
-    return values.reshape(packed.shape[0], -1)
+    return values.reshape(levels.shape[0], -1)
 
 
-def _pack(levels: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Two 4-bit levels a byte, the even one low; 8-bit levels are bytes already."""
+def unpack_levels(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The levels that `packed` holds, one a byte; the inverse of `pack_levels`."""
+    return packed if bits == 8 else np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def pack_levels(levels: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Two 4-bit levels a byte along the last axis, the even one low; 8-bit levels are bytes already."""
     return levels if bits == 8 else np.asarray(levels[..., 0::2] | (levels[..., 1::2] << 4))

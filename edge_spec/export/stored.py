@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError
 from edge_spec.export.exporter import Export
-from edge_spec.export.graph import Span, StoredMatrix, Weights
+from edge_spec.export.graph import HEAD, Span, StoredMatrix, Weights
 
 if TYPE_CHECKING:
     import onnx
@@ -55,20 +55,28 @@ def _weights(graph: onnx.GraphProto) -> Weights:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = {entry.key: entry.value for entry in tensor.external_data}
             spans[tensor.name] = Span(int(place["offset"]), int(place["length"]))
-        else:
+        elif tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 1:  # not a number or a shape
             vectors[tensor.name] = onnx.numpy_helper.to_array(tensor)
     matrices: dict[str, list[StoredMatrix]] = {}
     for node in graph.node:
         if node.op_type != "MatMulNBits":
             continue
-        _, packed, scales = node.input
+        _, packed, scales, *zeros = node.input
         size = {attribute.name: attribute.i for attribute in node.attribute}
         # `attn_qkv.weight`, or `attn_qkv.0.weight` for a part of what could not be fused.
         name = packed.removesuffix(".weight")
         stem, _, part = name.rpartition(".")
         matrices.setdefault(stem if part.isdecimal() else name, []).append(
-            StoredMatrix(size["N"], size["K"], size["bits"], size["block_size"], spans[packed], spans[scales])
+            StoredMatrix(
+                size["N"],
+                size["K"],
+                size["bits"],
+                size["block_size"],
+                spans[packed],
+                spans[scales],
+                spans[zeros[0]] if zeros else None,
+            )
         )
-    if "output" not in matrices:
+    if HEAD not in matrices:
         raise ValueError("it makes no logits")
     return Weights(matrices, vectors)
