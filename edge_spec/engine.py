@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
@@ -34,8 +35,10 @@ from edge_spec.loading import (
     Source,
     StageProgress,
     choose_n_ctx,
+    chosen_draft_backend,
     chosen_recipe,
     draft_recipe,
+    engine_key,
     find_source,
     machine_key,
 )
@@ -86,6 +89,7 @@ class Engine:
         target: str | Path | None = None,
         draft: str | Path | None = None,
         backend: str = "onnx",
+        draft_backend: str | None = None,
         drafter: str = "auto",
         draft_tokens: int | None = None,
         threads: int | None = None,
@@ -99,6 +103,8 @@ class Engine:
 
         Models are names, hub references that were pulled, paths of GGUF files or of exports. The first load of a GGUF
         on the onnx or openvino backend exports it into the store.
+
+        `draft_backend` defaults to `backend`, and to onnx where that is openvino.
 
         `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
         "lookup", "reference" (texts that come with each prompt), "history", "model" or "none"; the draft is loaded for
@@ -115,6 +121,7 @@ class Engine:
         """
         started = perf_counter()
         _check_choice("backend", backend, BACKENDS)
+        _check_choice("draft_backend", draft_backend or backend, BACKENDS)
         _check_choice("drafter", drafter, DRAFTERS)
         if pair is not None and target is not None:
             raise UsageError("a pair names its target: give a pair or a target, not both")
@@ -138,6 +145,8 @@ class Engine:
 
         if draft_tokens is not None and draft is None:
             raise UsageError("draft_tokens is for the draft model, and no draft model is used")
+        if draft_backend is not None and draft is None:
+            raise UsageError("draft_backend is for the draft model, and no draft model is used")
 
         source = find_source(store, known.target if known else target or "")
         draft_source = find_source(store, draft, share=source.tokenizer) if draft is not None else None
@@ -150,9 +159,9 @@ class Engine:
         with ExitStack() as opened:
             loaded = loader.load(source, n_ctx=window, recipe=chosen, aligned=pad_rows)
             opened.callback(loaded.model.close)
-            notes, model = [*_notes_on(source, loaded, drafter), *loaded.notes], None
+            notes, model, drafting = [*_notes_on(source, loaded, drafter), *loaded.notes], None, None
             if draft_source is not None:
-                drafting = loader.load(
+                drafting = replace(loader, backend=chosen_draft_backend(draft_backend, backend)).load(
                     draft_source,
                     n_ctx=min(window, draft_source.n_ctx_train),
                     recipe=draft_recipe(draft_source),
@@ -175,8 +184,9 @@ class Engine:
             notes=notes,
             chat_sampling=known.sampling if known else SamplingParams(),
             chat_system=known.system if known else None,
+            draft_backend=drafting.backend if drafting else None,
         )
-        names = f"{source.sha256} {loaded.backend} {loaded.recipe} | {draft_source.sha256 if draft_source else None}"
+        names = f"{source.sha256} {loaded.recipe} | {_drafted_by(draft_source, drafting)}"
         machine = machine_key(loaded.backend, threads)
         costs = _KeptCosts(CacheFile(store.cache_dir / "costs.json"), f"{machine} | {names}")
         return cls(info, source, Session(loaded.model), drafters, costs, default=drafter, past=past)
@@ -423,6 +433,11 @@ def _make_drafters(
     if model is not None:
         drafters["model"] = model
     return drafters
+
+
+def _drafted_by(source: Source | None, loaded: LoadedModel | None) -> str:
+    """What the cost of a draft token depends on besides the machine."""
+    return f"{source.sha256} {engine_key(loaded.backend)}" if source and loaded else "no draft"
 
 
 def _notes_on(source: Source, loaded: LoadedModel, drafter: str) -> list[str]:

@@ -32,6 +32,8 @@ class EngineInfo:
     notes: list[str]
     chat_sampling: SamplingParams
     chat_system: str | None
+    draft_backend: str | None = None
+    """Where the draft runs; None without one."""
 
 
 Finish = Callable[["Stream"], GenerationResult]
@@ -162,6 +164,7 @@ def make_result(stream: Stream, *, prompt_tokens: int, info: EngineInfo) -> Gene
         target=info.target,
         draft=info.draft,
         backend=info.backend,
+        draft_backend=info.draft_backend,
         recipe=info.recipe,
         threads=info.threads,
         n_ctx=info.n_ctx,

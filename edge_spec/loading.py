@@ -24,8 +24,8 @@ DEFAULT_N_CTX = 4096
 
 BACKENDS = ("onnx", "openvino", "llama")
 
-ENGINES = {"onnx": "onnxruntime", "openvino": "openvino", "llama": "llama-cpp-python"}
-"""The distribution whose version a backend's speed and kernels depend on."""
+_DISTRIBUTIONS = {"onnx": "onnxruntime", "openvino": "openvino", "llama": "llama-cpp-python"}
+"""Whose version a backend's speed and kernels depend on."""
 
 StageProgress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`; stages are `export NAME` (bytes) and `load NAME`."""
@@ -110,6 +110,10 @@ class Loader:
         """
         if self.backend == "llama":
             return self._load_llama(source, n_ctx)
+        if self.backend == "openvino":
+            from edge_spec.backends.openvino import import_library
+
+            import_library()  # now, and not after minutes of exporting
         try:
             export = source.export or self._export(source, recipe)
         except UnsupportedArchitectureError as unknown:
@@ -191,6 +195,12 @@ def draft_recipe(source: Source) -> Recipe | None:
     return None if source.export is not None else RECIPES["draft"]
 
 
+def chosen_draft_backend(name: str | None, backend: str) -> str:
+    """Where the draft runs: as asked for, else beside its target, but for OpenVINO. That makes passes over several
+    rows cheap, and a draft goes row by row, which ONNX Runtime does at less cost."""
+    return name or ("onnx" if backend == "openvino" else backend)
+
+
 def choose_n_ctx(source: Source, n_ctx: int | None) -> int:
     """The window: what was asked for, else 4,096 or the model's own limit if that is smaller."""
     if n_ctx is None:
@@ -202,8 +212,12 @@ def choose_n_ctx(source: Source, n_ctx: int | None) -> int:
 
 def machine_key(backend: str, threads: int) -> str:
     """What measured figures depend on besides the model: processor, the backend's engine and version, threads."""
-    engine = ENGINES[backend]
-    return f"{platform.machine()} {_cpu_model()} | {engine} {metadata.version(engine)} | {threads} threads"
+    return f"{platform.machine()} {_cpu_model()} | {engine_key(backend)} | {threads} threads"
+
+
+def engine_key(backend: str) -> str:
+    """The library behind a backend, and its version."""
+    return f"{_DISTRIBUTIONS[backend]} {metadata.version(_DISTRIBUTIONS[backend])}"
 
 
 def processor_name() -> str:

@@ -189,3 +189,5 @@ class GenerationResult:
     n_ctx: int
     peak_rss_bytes: int
     notes: list[str] = field(default_factory=list)
+    draft_backend: str | None = None
+    """Where the draft ran, None without one; `backend` is the target's."""

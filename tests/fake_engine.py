@@ -62,6 +62,7 @@ class FakeInfo:
     notes: list[str] = field(default_factory=list)
     chat_sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.7, top_p=0.8))
     chat_system: str | None = "You are scripted."
+    draft_backend: str | None = "onnx"
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ class FakeEngine:
             target=self.info.target,
             draft=self.info.draft,
             backend=self.info.backend,
+            draft_backend=self.info.draft_backend,
             recipe=self.info.recipe,
             threads=self.info.threads,
             n_ctx=self.info.n_ctx,

@@ -220,7 +220,7 @@ def test_json_is_one_object_with_the_figures(engine: FakeEngine, prompts: str) -
     transcript = run("bench", "--workload", prompts, "--json")
     assert transcript.out.count("\n") == 1
     figures = json.loads(transcript.out)
-    assert list(figures)[:6] == ["machine", "target", "draft", "backend", "recipe", "threads"]
+    assert list(figures)[:7] == ["machine", "target", "draft", "backend", "draft_backend", "recipe", "threads"]
     assert (figures["machine"], figures["target"], figures["threads"]) == ("a processor", "big", 2)
     assert figures["geomean_ratio"] == pytest.approx(8**0.5)
     assert (figures["worst_ratio"], figures["worst_prompt"]) == (2.0, "q-1")

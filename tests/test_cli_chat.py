@@ -73,6 +73,7 @@ def test_load_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         "target": None,
         "draft": "d",
         "backend": "onnx",
+        "draft_backend": None,
         "drafter": "lookup",
         "draft_tokens": None,
         "recipe": None,

@@ -84,6 +84,7 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
         "target": None,
         "draft": None,
         "backend": "onnx",
+        "draft_backend": None,
         "drafter": "auto",
         "draft_tokens": None,
         "recipe": None,
@@ -122,13 +123,15 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
         "--frequency-penalty 0.3 --seed 9"
     )
-    transcript = run("generate", "x", *f"{load} --ctx 99 --no-pad --history {text} {sampling}".split())
+    load += " --draft-backend onnx --ctx 99 --no-pad --history"
+    transcript = run("generate", "x", *f"{load} {text} {sampling}".split())
     assert transcript.code == 0
     assert engine.loaded_with == {
         "pair": None,
         "target": "t.gguf",
         "draft": "d.gguf",
         "backend": "llama",
+        "draft_backend": "onnx",
         "drafter": "model",
         "draft_tokens": 5,
         "recipe": "exact",

@@ -405,6 +405,8 @@ def test_a_padded_tail_does_not_matter(models: Path, tmp_path: Path) -> None:
         ({"backend": "llama", "pad_rows": False}, "never pads"),
         ({"draft_tokens": 0}, "draft_tokens=0"),
         ({"drafter": "lookup", "draft_tokens": 3}, "no draft model"),
+        ({"drafter": "lookup", "draft_backend": "onnx"}, "draft_backend is for the draft"),
+        ({"draft": "draft.gguf", "draft_backend": "cuda"}, "onnx, openvino, llama"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(models: Path, options: dict[str, object], says: str) -> None:
@@ -458,6 +460,16 @@ def test_both_backends_answer_through_the_same_engine(models: Path) -> None:
     assert plain.token_ids == drafted.token_ids
     assert drafted.accepted == drafted.drafted, "a model that drafts for itself is always right"
     assert (drafted.backend, drafted.recipe) == ("llama", "gguf"), "the file does not say how it is quantised"
+
+
+def test_a_draft_may_run_on_another_backend_and_both_are_named(models: Path) -> None:
+    pair = {"target": models / "target.gguf", "draft": models / "draft.gguf"}
+    with Engine.load(**pair, draft_backend="llama", recipe="int8", threads=1) as engine:
+        plain = engine.generate(PROMPTS[0], max_tokens=20, drafter="none")
+        drafted = engine.generate(PROMPTS[0], max_tokens=20, drafter="model")
+    assert plain.token_ids == drafted.token_ids
+    assert drafted.accepted > 0
+    assert (drafted.backend, drafted.draft_backend) == ("onnx", "llama")
 
 
 def test_the_package_imports_quickly_and_without_its_heavy_libraries() -> None:

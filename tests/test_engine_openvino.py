@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from edge_spec import Engine
-from edge_spec.errors import BackendError, BackendUnavailableError
+from edge_spec.cli.status import status_line
+from edge_spec.errors import BackendError
 from edge_spec.export import RECIPES, export_model
 from tests.tiny_models import write_tiny_gguf
+
+pytestmark = pytest.mark.openvino
 
 PROMPTS = ("def merge", "list of the list of the list", "Is it sorted? Is it in order?", "ä é 日 🙂")
 
@@ -33,7 +36,6 @@ def _home(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def engine(models: Path) -> Iterator[Engine]:
-    pytest.importorskip("openvino")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGE_SPEC_HOME", str(models / "home"))
         with Engine.load(
@@ -55,24 +57,27 @@ def test_greedy_text_is_the_same_for_every_drafter(engine: Engine, prompt: str) 
         assert result.text == plain.text
 
 
-def test_the_result_names_the_backend(engine: Engine) -> None:
+def test_the_result_names_the_backends_and_a_draft_runs_on_onnx(engine: Engine) -> None:
     result = engine.generate("def merge", max_tokens=4)
-    assert (result.backend, result.recipe) == ("openvino", "int8")
+    assert (result.backend, result.draft_backend, result.recipe) == ("openvino", "onnx", "int8")
     assert not any("not padded" in note for note in result.notes)
+    assert "openvino + onnx" in status_line(result)
 
 
-def test_without_the_library_the_error_has_the_command_that_installs_it(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(BackendUnavailableError, match=r"pip install .*edge-spec\[openvino\]"):
-        Engine.load(target=models / "target.gguf", backend="openvino", threads=1)
+def test_a_draft_can_run_beside_its_target(models: Path, engine: Engine) -> None:
+    plain = engine.generate(PROMPTS[0], max_tokens=20, drafter="none")
+    pair = {"target": models / "target.gguf", "draft": models / "draft.gguf"}
+    with Engine.load(**pair, backend="openvino", draft_backend="openvino", recipe="int8", threads=1) as both:
+        drafted = both.generate(PROMPTS[0], max_tokens=20, drafter="model")
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.accepted > 0
+    assert (drafted.backend, drafted.draft_backend) == ("openvino", "openvino")
 
 
 def test_what_the_library_raises_becomes_our_error(
     engine: Engine, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    openvino = pytest.importorskip("openvino")
+    import openvino
 
     def refuse(*_: object) -> None:
         raise RuntimeError("no such device")
@@ -84,7 +89,6 @@ def test_what_the_library_raises_becomes_our_error(
 
 def test_a_signal_after_models_were_closed_is_only_a_signal(models: Path, tmp_path: Path) -> None:
     """With an alternative stack for signals in place, as under `python -X faulthandler`."""
-    pytest.importorskip("openvino")
     export = export_model(models / "target.gguf", RECIPES["int4"], tmp_path / "out", sha256="0" * 64, threads=1)
     script = f"""
 import gc, signal

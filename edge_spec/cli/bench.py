@@ -40,6 +40,7 @@ def bench(
     target: options.TargetOption = None,
     draft: options.DraftOption = None,
     backend: options.BackendOption = BackendName.ONNX,
+    draft_backend: options.DraftBackendOption = None,
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,
     ctx: options.CtxOption = None,
@@ -68,6 +69,7 @@ def bench(
         target=target,
         draft=draft,
         backend=backend,
+        draft_backend=draft_backend,
         drafter=drafter,
         draft_tokens=draft_tokens,
         recipe=recipe,
@@ -135,7 +137,8 @@ def _print_report(report: Report, info: EngineInfo, *, as_json: bool) -> None:
     from edge_spec.loading import processor_name
 
     if as_json:
-        about = {name: getattr(info, name) for name in ("target", "draft", "backend", "recipe", "threads")}
+        names = ("target", "draft", "backend", "draft_backend", "recipe", "threads")
+        about = {name: getattr(info, name) for name in names}
         print(json.dumps({"machine": processor_name(), **about, **report.to_json()}, allow_nan=False), flush=True)
         return
     _print_table(report)

@@ -53,6 +53,12 @@ DraftOption = Annotated[
     str | None, typer.Option(help="The small model that proposes, given like the target.", rich_help_panel=_MODEL)
 ]
 BackendOption = Annotated[BackendName, typer.Option(help="The library that runs the models.", rich_help_panel=_MODEL)]
+DraftBackendOption = Annotated[
+    BackendName | None,
+    typer.Option(
+        help="The library that runs the draft (default: the target's; onnx beside openvino).", rich_help_panel=_MODEL
+    ),
+]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
@@ -203,6 +209,7 @@ def load_engine(
     target: str | None,
     draft: str | None,
     backend: BackendName,
+    draft_backend: BackendName | None,
     drafter: DrafterName,
     draft_tokens: int | None,
     recipe: str | None,
@@ -222,6 +229,7 @@ def load_engine(
             target=_name_or_path(target),
             draft=_name_or_path(draft),
             backend=backend.value,
+            draft_backend=draft_backend.value if draft_backend else None,
             drafter=drafter.value,
             draft_tokens=draft_tokens,
             recipe=recipe,

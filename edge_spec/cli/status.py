@@ -40,10 +40,13 @@ def figures(result: GenerationResult) -> str:
 
 
 def setup(ran: GenerationResult | EngineInfo) -> str:
-    """Models, backend, recipe and threads."""
+    """Models, backend (and the draft's, where it is another), recipe and threads."""
     models = ran.target if ran.draft is None else f"{ran.target} + {ran.draft}"
     threads = f"{ran.threads} thread{'' if ran.threads == 1 else 's'}"
-    return _joined([models, ran.backend, ran.recipe or "", threads])
+    backend = ran.backend
+    if ran.draft_backend not in (None, ran.backend):
+        backend += f" + {ran.draft_backend}"
+    return _joined([models, backend, ran.recipe or "", threads])
 
 
 def banner(info: EngineInfo) -> str:
