@@ -2,6 +2,7 @@
 #
 #   make chat      install, fetch the default pair, talk with it (standard input goes to the chat)
 #   make test      install, fetch the small test model, run the tests
+#   make test-openvino   install the openvino backend too, run its tests
 #   make lint      ruff and mypy
 #   make install   make .venv ready for all of them
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install chat test test-pair lint clean
+.PHONY: install chat test test-pair test-openvino lint clean
 
 install: $(VENV)/.core $(VENV)/.dev
 
@@ -26,18 +27,27 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[dev,llama]' </dev/null
 	@touch $@
 
+$(VENV)/.openvino: pyproject.toml | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[openvino]' </dev/null
+	@touch $@
+
 chat: $(VENV)/.core
 	@$(BIN)/edge-spec pull qwen2.5-coder </dev/null
 	@$(BIN)/edge-spec chat
 
 test: install
 	@$(BIN)/edge-spec pull smollm2-135m </dev/null
-	$(BIN)/python -m pytest -m 'not pair'
+	$(BIN)/python -m pytest -m 'not pair and not openvino'
 
 # The tests that load the 1.6 GB default pair.
 test-pair: install
 	@$(BIN)/edge-spec pull qwen2.5-coder </dev/null
 	$(BIN)/python -m pytest -m pair
+
+# The openvino backend's own tests, the real small model among them.
+test-openvino: install $(VENV)/.openvino
+	@$(BIN)/edge-spec pull smollm2-135m </dev/null
+	$(BIN)/python -m pytest -m openvino
 
 lint: install
 	$(BIN)/ruff check .
