@@ -2,7 +2,7 @@
 #
 #   make chat      install, fetch the default pair, talk with it (standard input goes to the chat)
 #   make test      install, fetch the small test model, run the tests
-#   make test-openvino   install the openvino backend too, run its tests
+#   make test-openvino   install the openvino backend, run its own tests
 #   make lint      ruff and mypy
 #   make install   make .venv ready for all of them
 
