@@ -37,6 +37,11 @@ def test_text_goes_to_stdout_and_the_status_line_to_stderr(engine: FakeEngine) -
     assert engine.closed
 
 
+def test_the_status_line_names_the_draft_s_backend_where_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(Answer(["a"], changes={"backend": "openvino", "draft_backend": "onnx"})).install(monkeypatch)
+    assert "big + small · openvino + onnx · int4" in run("generate", "x").err
+
+
 def test_a_text_that_ends_with_a_newline_gets_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeEngine("one\n").install(monkeypatch)
     assert run("generate", "x").out == "one\n"
