@@ -463,8 +463,8 @@ def test_both_backends_answer_through_the_same_engine(models: Path) -> None:
 
 
 def test_a_draft_may_run_on_another_backend_and_both_are_named(models: Path) -> None:
-    pair = {"target": models / "target.gguf", "draft": models / "draft.gguf"}
-    with Engine.load(**pair, draft_backend="llama", recipe="int8", threads=1) as engine:
+    target, draft = models / "target.gguf", models / "draft.gguf"
+    with Engine.load(target=target, draft=draft, draft_backend="llama", recipe="int8", threads=1) as engine:
         plain = engine.generate(PROMPTS[0], max_tokens=20, drafter="none")
         drafted = engine.generate(PROMPTS[0], max_tokens=20, drafter="model")
     assert plain.token_ids == drafted.token_ids

@@ -66,8 +66,14 @@ def test_the_result_names_the_backends_and_a_draft_runs_on_onnx(engine: Engine) 
 
 def test_a_draft_can_run_beside_its_target(models: Path, engine: Engine) -> None:
     plain = engine.generate(PROMPTS[0], max_tokens=20, drafter="none")
-    pair = {"target": models / "target.gguf", "draft": models / "draft.gguf"}
-    with Engine.load(**pair, backend="openvino", draft_backend="openvino", recipe="int8", threads=1) as both:
+    with Engine.load(
+        target=models / "target.gguf",
+        draft=models / "draft.gguf",
+        backend="openvino",
+        draft_backend="openvino",
+        recipe="int8",
+        threads=1,
+    ) as both:
         drafted = both.generate(PROMPTS[0], max_tokens=20, drafter="model")
     assert drafted.token_ids == plain.token_ids
     assert drafted.accepted > 0
