@@ -19,7 +19,7 @@ install: $(VENV)/.core $(VENV)/.dev
 # is made anew.
 $(VENV)/.core: pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 </dev/null || $(PYTHON) -m venv --clear $(VENV) </dev/null
-	$(BIN)/python -m pip install --quiet --editable . </dev/null
+	@$(BIN)/python -m pip install --quiet --editable . </dev/null
 	@touch $@
 
 # llama-cpp-python is compiled from source: a few minutes, once.
