@@ -30,6 +30,11 @@ class Request:
     cancelled: Callable[[], bool] = lambda: False
     """For a drafter whose work takes long: it raises GenerationCancelled soon after this turns true."""
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the same call has to give the same text again although it is sampled: nothing may go by a clock."""
+        return self.sampling.temperature > 0 and self.sampling.seed is not None
+
 
 class Drafter(Protocol):
     """Guesses the next tokens. Guesses cost or save time and never change what is written.

@@ -67,6 +67,9 @@ class ModelDrafter(Drafter):
     def start(self, request: Request) -> None:
         """Take over the sampling; what the model has read stays read. The pace is free again."""
         self.pace = None
+        if request.is_repeatable:
+            # The draft's passes are not padded, so its last bits depend on how it read the prompt: it reads it anew.
+            self._session.forget()
         sampling = request.sampling
         top_k = min(sampling.top_k or _MAX_SUPPORT, _MAX_SUPPORT)
         self._sampler = make_sampler(replace(sampling, top_k=top_k))

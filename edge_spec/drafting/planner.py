@@ -102,7 +102,7 @@ class Planner(Drafter):
 
     def start(self, request: Request) -> None:
         """Start the drafters; what was learnt stays."""
-        self._is_fixed = request.sampling.temperature > 0 and request.sampling.seed is not None
+        self._is_fixed = request.is_repeatable
         self._book = Book(self._fixed) if self._is_fixed else self._learning
         self._book.model.relax()
         self._guesses, self._max_length = [], request.max_length
