@@ -70,11 +70,16 @@ def test_json_is_one_object_with_every_field_and_nothing_else(monkeypatch: pytes
     assert transcript.err == ""
     assert transcript.out.count("\n") == 1
     result = json.loads(transcript.out)
-    assert list(result) == [field.name for field in fields(GenerationResult)]
+    assert list(result) == [field.name for field in fields(GenerationResult) if field.name != "draft_backend"]
     assert result["text"] == "Grüße\n"
     assert result["finish_reason"] == "stop"
     assert result["drafters"] == {"model": {"steps": 20, "drafted": 40, "accepted": 30}}
     assert result["notes"] == ["n"]
+
+
+def test_json_notes_a_draft_on_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(Answer(["a"], changes={"backend": "openvino", "draft_backend": "onnx"})).install(monkeypatch)
+    assert json.loads(run("generate", "x", "--json").out)["notes"] == ["the draft ran on the onnx backend"]
 
 
 def test_json_stays_valid_where_a_figure_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
