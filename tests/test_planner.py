@@ -45,6 +45,15 @@ def test_a_machine_that_slows_down_makes_every_pass_look_slower() -> None:
     assert costs.target_s(4) > 1.3 * before
 
 
+def test_a_machine_that_recovers_makes_drafts_look_cheaper_though_none_is_made() -> None:
+    costs = Costs(max_rows=4)
+    costs.observe_target(1, 0.3)
+    costs.observe_draft(1, 0.1)
+    for _ in range(60):
+        costs.observe_target(1, 0.03)
+    assert costs.draft_s < 0.05
+
+
 def test_one_interrupted_pass_does_not_change_the_picture() -> None:
     costs = Costs(max_rows=4)
     costs.observe_target(2, 0.03)

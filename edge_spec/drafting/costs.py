@@ -52,6 +52,11 @@ class Costs:
             surprise = _bounded(seconds / self._seen[width])
             for other in self._seen:
                 self._seen[other] *= surprise ** (_OWN if other == width else _SHARED)
+            # A model that was parked while the machine was slow would else stay parked for good.
+            if self._draft_s is not None:
+                self._draft_s *= surprise**_SHARED
+            if self._read_s is not None:
+                self._read_s *= surprise**_SHARED
         else:
             self._seen[width] = seconds
         self._line = self._fit()
