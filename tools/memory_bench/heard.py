@@ -1,0 +1,49 @@
+"""What a backend itself says that it allocated: llama.cpp in its log, the others in the buffers that they were given."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from typing import Any
+
+_LINE = re.compile(r"(\S+)\s+(model|KV|RS|compute|output) buffer size =\s*([\d.]+) MiB")
+_CONTEXT_PARTS = {"KV": "cache_bytes", "RS": "state_bytes", "compute": "compute_bytes", "output": "output_bytes"}
+
+
+class LlamaLog:
+    """Listens to llama.cpp from its making on; sums over all models that are loaded meanwhile."""
+
+    def __init__(self) -> None:
+        from edge_spec.backends import _llama_library as ours
+
+        library = ours.import_library()
+        self._lines: list[str] = []
+
+        def listen(level: int, text: bytes, user_data: Any) -> None:
+            if (line := text.decode(errors="replace")).find("buffer size =") >= 0:
+                self._lines.append(line)
+            ours._collect_error(level, text, user_data)
+
+        self._callback = library.llama_log_callback(listen)
+        library.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def sums(self) -> dict[str, int]:
+        """Bytes by what they are for; the log's precision is a hundredth of a MiB a line."""
+        found: dict[str, int] = {}
+        for line in self._lines:
+            if (match := _LINE.search(line)) is None:
+                continue
+            place, what, size = match.groups()
+            name = _CONTEXT_PARTS.get(what, "repacked_bytes" if place.endswith("REPACK") else "mapped_weight_bytes")
+            found[name] = found.get(name, 0) + round(float(size) * 2**20)
+        return found
+
+
+def buffers(model: Any) -> dict[str, int]:
+    """Bytes of the arrays that a model on ONNX Runtime or OpenVINO was given, and its export's packed weights."""
+    held = model._held
+    cached = [array for name, array in held.items() if name.startswith(("past_", "key_cache", "value_cache"))]
+    return {
+        "cache_bytes": sum(array.nbytes for array in cached),
+        "stored_weight_bytes": model.spec.weight_bytes,
+    }
