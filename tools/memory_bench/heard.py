@@ -1,4 +1,4 @@
-"""What a backend itself says that it allocated: llama.cpp in its log, the others in the buffers that they were given."""
+"""What a backend says that it allocated: llama.cpp in its log, the others by the buffers that they were given."""
 
 from __future__ import annotations
 

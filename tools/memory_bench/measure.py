@@ -32,6 +32,12 @@ class Measured:
     error: str = ""
     """The end of standard error, where the process did not end well."""
 
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Measured:
+        """What `dataclasses.asdict` made of one."""
+        stages = {name: Memory(**stage) for name, stage in found["stages"].items()}
+        return cls(**{**found, "stages": stages})
+
     @property
     def peak(self) -> Memory:
         """The peak of all stages."""

@@ -62,7 +62,9 @@ def _run_engine(cell: Cell, log: Any, tell: Any) -> None:
     if unknown:
         tell("refused", error="NoSuchOption", message=f"Engine.load has no {', '.join(unknown)}")
         return
-    loading = Engine.load(target=cell.model, draft=cell.draft, backend=cell.backend, n_ctx=cell.n_ctx, threads=cell.threads, **wanted)
+    loading = Engine.load(
+        target=cell.model, draft=cell.draft, backend=cell.backend, n_ctx=cell.n_ctx, threads=cell.threads, **wanted
+    )
     with closing(loading) as engine:
         models = [session._model for session in engine._sessions()]
         tell("loaded", heard=_heard(log, models))
@@ -94,7 +96,9 @@ def _run_alone(cell: Cell, log: Any, tell: Any) -> None:
     if cell.backend == "llama":
         from edge_spec.backends import llama
 
-        model: Any = llama.load(source.gguf, name=source.name, n_ctx=cell.n_ctx, threads=cell.threads, max_rows=cell.rows)
+        model: Any = llama.load(
+            source.gguf, name=source.name, n_ctx=cell.n_ctx, threads=cell.threads, max_rows=cell.rows
+        )
     else:
         export = source.export or Loader(store=store, backend=cell.backend, threads=cell.threads)._export(source, None)
         if cell.backend == "onnx":
