@@ -8,7 +8,12 @@ outside and at every step from inside, and the kernel's mark of the peak, reset 
 could miss. Measured is the peak of anonymous memory; mapped files are told apart, since the system may drop them.
 
 With `--keep FILE` measurements are kept in a file, and those in it are not made again: a run can be interrupted, and a
-changed estimate compared at once. Random models are written on first use, beside the store's exports. Linux only.
+changed estimate compared at once.
+
+With `--limits` each cell runs under RLIMIT_DATA, and in a control group where one can be made, set to the estimate and
+its band: it has to finish. At 0.85 of that it may be refused by a typed error, or do with less and say so.
+
+Random models are written on first use, beside the store's exports. Linux only.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the random models are written by the tests' own writer
 
+from memory_bench import limits
 from memory_bench.cell import Cell, full_grid
 from memory_bench.foretell import Compared, foretell
 from memory_bench.measure import Measured, measure
@@ -46,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cell's process must not outlive this one
     store, kept = Store(), _Kept(options.keep)
     paths = write_all(store.exports_dir / "random-models", {cell.model for cell in cells})
+    if options.limits:
+        return _run_limits(cells, store, paths, json_wanted=options.json)
     results, failed = [], 0
     try:
         for number, cell in enumerate(cells, 1):
@@ -60,6 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if results:
         print(json.dumps(as_json(results), indent=1) if options.json else as_text(results))
     return 1 if failed or not results else 0
+
+
+def _run_limits(cells: Sequence[Cell], store: Store, paths: dict[str, Path], *, json_wanted: bool) -> int:
+    outcomes = []
+    for number, cell in enumerate(cells, 1):
+        foretold = foretell(cell, store, path_of=paths)
+        for outcome in limits.run_limited(replace(cell, model=str(paths.get(cell.model, cell.model))), foretold):
+            outcomes.append(outcome)
+            _note(f"{number}/{len(cells)} {cell.name}, {outcome.kind} {outcome.share:.2f}: {outcome.word}")
+    print(json.dumps(limits.as_json(outcomes), indent=1) if json_wanted else limits.as_text(outcomes))
+    return 0 if all(outcome.good for outcome in outcomes) else 1
 
 
 class CellError(Exception):
@@ -121,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cells whose name has one of these texts in it; given twice, one of each",
     )
     parser.add_argument("--limit", type=int, help="at most so many cells")
+    parser.add_argument("--limits", action="store_true", help="run each cell under limits instead")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep measurements there, and use those that are")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="name the cells and end")

@@ -78,6 +78,8 @@ def _run_engine(cell: Cell, log: Any, tell: Any) -> None:
             prompt_tokens=result.prompt_tokens,
             generated_tokens=result.generated_tokens,
             finish_reason=result.finish_reason,
+            n_ctx=result.n_ctx,
+            draft=result.draft,
             drafted=result.drafted,
             steps=result.steps,
             notes=result.notes,
