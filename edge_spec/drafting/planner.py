@@ -49,12 +49,8 @@ class Book:
 
         `reading_s`: what has to be paid for reading before each draft.
         """
-        costs, mean, tokens = self.costs, self.model.mean, 1.0
-        self.rate = plain = 1 / costs.target_s(1)
-        for n in range(1, max_draft + 1):
-            tokens += mean**n
-            self.rate = max(self.rate, tokens / (costs.target_s(n + 1) + n * costs.draft_s + reading_s))
-        return self.rate > plain
+        self.rate, length = self.costs.best_fixed(self.model.mean, max_draft, reading_s)
+        return length > 0
 
     def worth(self, chances: Sequence[float], extra_s: float = 0.0) -> float:
         """What a step with a draft of such chances (each given the ones before) is worth, in tokens."""
