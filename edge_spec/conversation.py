@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, Unpack
 
 from edge_spec.chat_template import ChatTemplate
-from edge_spec.generation import Stream
+from edge_spec.generation import GenerationOptions, Stream
 from edge_spec.tokenizer import Tokenizer
 from edge_spec.types import FinishReason, GenerationResult, Progress, SamplingParams
 
@@ -18,13 +18,8 @@ class StreamIds(Protocol):
         self,
         prompt_ids: list[int],
         *,
-        max_tokens: int | None,
-        sampling: SamplingParams | None,
-        stop: Sequence[str],
-        drafter: str | None,
-        reference: Sequence[str],
-        on_progress: Progress | None,
         done: Callable[[GenerationResult], None],
+        **options: Unpack[GenerationOptions],
     ) -> Stream:
         """Start it."""
         ...
@@ -56,27 +51,9 @@ class Chat:
         self.messages[:] = [{"role": "system", "content": self._system}] if self._system is not None else []
         self._ids = []
 
-    def send(
-        self,
-        text: str,
-        *,
-        max_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        stop: Sequence[str] = (),
-        drafter: str | None = None,
-        reference: Sequence[str] = (),
-        on_progress: Progress | None = None,
-    ) -> GenerationResult:
+    def send(self, text: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Say `text` and wait for the whole answer."""
-        stream = self.stream(
-            text,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop=stop,
-            drafter=drafter,
-            reference=reference,
-            on_progress=on_progress,
-        )
+        stream = self.stream(text, **options)
         for _ in stream:
             pass
         return stream.result

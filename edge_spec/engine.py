@@ -3,58 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
-from hashlib import sha256
+from contextlib import AbstractContextManager
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
+from typing import Unpack
 
-from edge_spec.answer_file import AnswerFile
-from edge_spec.cache_file import CacheFile
+from edge_spec.assembly import KeptCosts, References, make_drafters, past_answers
 from edge_spec.conversation import Chat
-from edge_spec.cores import check_threads
 from edge_spec.decoding.decoder import SpeculativeDecoder
-from edge_spec.decoding.drafter import Drafter, NoDrafter
+from edge_spec.decoding.drafter import Drafter
 from edge_spec.decoding.session import Session
-from edge_spec.drafting import (
-    Costs,
-    HistoryDrafter,
-    LookupDrafter,
-    ModelDrafter,
-    PastAnswers,
-    Planner,
-    ReferenceDrafter,
-)
+from edge_spec.drafting import ModelDrafter, PastAnswers
 from edge_spec.errors import UsageError
-from edge_spec.generation import EngineInfo, Stream, make_result
-from edge_spec.loading import (
-    BACKENDS,
-    LoadedModel,
-    Loader,
-    Source,
-    StageProgress,
-    choose_n_ctx,
-    chosen_draft_backend,
-    chosen_recipe,
-    draft_recipe,
-    engine_key,
-    find_source,
-    machine_key,
+from edge_spec.generation import EngineInfo, GenerationOptions, Stream, make_result
+from edge_spec.loading import Source, StageProgress
+from edge_spec.opening import (
+    DRAFTERS,
+    NO_HISTORY,
+    LoadOptions,
+    LoadRequest,
+    OpenedModels,
+    check_choice,
+    open_models,
+    resolve,
 )
-from edge_spec.store import DEFAULT_PAIR, Store
-from edge_spec.tokenizer import Tokenizer, check_same_vocabulary
-from edge_spec.types import GenerationResult, ModelSpec, Progress, SamplingParams
+from edge_spec.store import Store
+from edge_spec.types import GenerationResult, Progress, SamplingParams
 
-DRAFTERS = ("none", "lookup", "reference", "history", "model", "auto")
 COPYING = ("reference", "auto")
-"""Those that copy from references."""
-
-_NO_HISTORY = "the drafter 'history' needs one: load the engine with history=True (--history)"
-
-DRAFT_TOKENS, LOOKUP_TOKENS = 3, 7
-"""Lengths of drafts where no planner chooses them."""
-PLANNED_TOKENS, MAX_DRAFT_TOKENS = 7, 15
+"""Drafters that copy from references."""
 
 
 class Engine:
@@ -66,7 +44,7 @@ class Engine:
         source: Source,
         target: Session,
         drafters: dict[str, Drafter],
-        kept: _KeptCosts,
+        kept: KeptCosts,
         *,
         default: str,
         past: PastAnswers | None = None,
@@ -77,7 +55,7 @@ class Engine:
         self._drafters = drafters
         self._default = default
         self._past = past
-        self._references = _References(source.tokenizer)
+        self._references = References(source.tokenizer)
         self._kept = kept
         kept.restore(drafters["auto"])
 
@@ -120,76 +98,34 @@ class Engine:
         UnsupportedArchitectureError, ModelFormatError, UsageError, StorageError.
         """
         started = perf_counter()
-        _check_choice("backend", backend, BACKENDS)
-        _check_choice("draft_backend", draft_backend or backend, BACKENDS)
-        _check_choice("drafter", drafter, DRAFTERS)
-        if pair is not None and target is not None:
-            raise UsageError("a pair names its target: give a pair or a target, not both")
-        if draft_tokens is not None and not 1 <= draft_tokens <= MAX_DRAFT_TOKENS:
-            raise UsageError(f"draft_tokens={draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
-        threads = check_threads(threads)
-        if drafter == "history" and not history:
-            raise UsageError(_NO_HISTORY)
-        if not pad_rows and backend == "llama":
-            raise UsageError("the llama backend never pads: leave pad_rows alone")
-
         store = Store()
-        known = store.pair(pair or DEFAULT_PAIR) if target is None else None
-        wants_draft = drafter in ("auto", "model")
-        if draft is not None and not wants_draft:
-            raise UsageError(f"the drafter {drafter!r} has no use for a draft model")
-        if known is not None and draft is None and wants_draft:
-            draft = known.draft
-        if drafter == "model" and draft is None:
-            raise UsageError("the drafter 'model' needs a draft model: name one, or use 'lookup'")
-
-        if draft_tokens is not None and draft is None:
-            raise UsageError("draft_tokens is for the draft model, and no draft model is used")
-        if draft_backend is not None and draft is None:
-            raise UsageError("draft_backend is for the draft model, and no draft model is used")
-
-        source = find_source(store, known.target if known else target or "")
-        draft_source = find_source(store, draft, share=source.tokenizer) if draft is not None else None
-        if draft_source is not None:
-            check_same_vocabulary(source.tokenizer, draft_source.tokenizer)
-        window = choose_n_ctx(source, n_ctx)
-        loader = Loader(store=store, backend=backend, threads=threads, progress=on_progress)
-
-        chosen = chosen_recipe(recipe, backend, source)
-        with ExitStack() as opened:
-            loaded = loader.load(source, n_ctx=window, recipe=chosen, aligned=pad_rows)
-            opened.callback(loaded.model.close)
-            notes, model, drafting = [*_notes_on(source, loaded, drafter), *loaded.notes], None, None
-            if draft_source is not None:
-                drafting = replace(loader, backend=chosen_draft_backend(draft_backend, backend)).load(
-                    draft_source,
-                    n_ctx=min(window, draft_source.n_ctx_train),
-                    recipe=draft_recipe(draft_source),
-                    aligned=False,
-                )
-                opened.callback(drafting.model.close)
-                notes += drafting.notes
-                model = ModelDrafter(Session(drafting.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
-            opened.pop_all()
-        past = _past_answers(store, source.tokenizer) if history else None
-        drafters = _make_drafters(loaded.model.spec, model, past, draft_tokens or PLANNED_TOKENS)
-        info = EngineInfo(
-            target=source.name,
-            draft=draft_source.name if draft_source else None,
-            backend=loaded.backend,
-            recipe=loaded.recipe,
+        options = LoadOptions(
+            pair=pair,
+            target=target,
+            draft=draft,
+            backend=backend,
+            draft_backend=draft_backend,
+            drafter=drafter,
+            draft_tokens=draft_tokens,
             threads=threads,
-            n_ctx=window,
-            load_s=perf_counter() - started,
-            notes=notes,
-            chat_sampling=known.sampling if known else SamplingParams(),
-            chat_system=known.system if known else None,
-            draft_backend=drafting.backend if drafting else None,
+            n_ctx=n_ctx,
+            recipe=recipe,
+            pad_rows=pad_rows,
+            history=history,
         )
-        names = f"{source.sha256} {loaded.recipe} | {_drafted_by(draft_source, drafting)}"
-        machine = machine_key(loaded.backend, threads)
-        costs = _KeptCosts(CacheFile(store.cache_dir / "costs.json"), f"{machine} | {names}")
-        return cls(info, source, Session(loaded.model), drafters, costs, default=drafter, past=past)
+        request = resolve(options, store)
+        models = open_models(request, store, on_progress)
+        past = past_answers(store, request.source.tokenizer) if history else None
+        drafters = make_drafters(models, past, draft_tokens)
+        return cls(
+            _describe(request, models, drafter, perf_counter() - started),
+            request.source,
+            Session(models.target.model),
+            drafters,
+            KeptCosts.of(request, models, store),
+            default=drafter,
+            past=past,
+        )
 
     def __enter__(self) -> Engine:
         return self
@@ -246,25 +182,10 @@ class Engine:
         *,
         system: str | None = None,
         raw: bool = False,
-        max_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        stop: Sequence[str] = (),
-        drafter: str | None = None,
-        reference: Sequence[str] = (),
-        on_progress: Progress | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
         """`stream`, read to its end."""
-        stream = self.stream(
-            prompt,
-            system=system,
-            raw=raw,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop=stop,
-            drafter=drafter,
-            reference=reference,
-            on_progress=on_progress,
-        )
+        stream = self.stream(prompt, system=system, raw=raw, **options)
         for _ in stream:
             pass
         return stream.result
@@ -305,12 +226,12 @@ class Engine:
         self,
         prompt_ids: list[int],
         *,
-        max_tokens: int | None,
-        sampling: SamplingParams | None,
-        stop: Sequence[str],
-        on_progress: Progress | None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
         drafter: str | None = None,
         reference: Sequence[str] = (),
+        on_progress: Progress | None = None,
         done: Callable[[GenerationResult], None] | None = None,
     ) -> Stream:
         tokenizer, info = self._source.tokenizer, self.info
@@ -350,7 +271,7 @@ class Engine:
 
     def _choose_drafter(self, name: str | None, reference: Sequence[str]) -> Drafter:
         name = name or self._default
-        _check_choice("drafter", name, DRAFTERS)
+        check_choice("drafter", name, DRAFTERS)
         if isinstance(reference, str) or not all(isinstance(text, str) for text in reference):
             raise UsageError("reference is a list of texts")
         if reference and name not in COPYING:
@@ -358,98 +279,30 @@ class Engine:
         if name == "reference" and not reference:
             raise UsageError("the drafter 'reference' needs texts to copy from: give it reference=[...]")
         if name == "history" and name not in self._drafters:
-            raise UsageError(_NO_HISTORY)
+            raise UsageError(NO_HISTORY)
         if name == "model" and name not in self._drafters:
             raise UsageError("no draft model was loaded: load the engine with a draft, or use 'lookup'")
         return self._drafters[name]
 
 
-class _References:
-    """The callers' texts as ids; those of the last call are kept, since the next often brings them again."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._texts: tuple[str, ...] = ()
-        self._ids: tuple[tuple[int, ...], ...] = ()
-
-    def ids(self, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        if tuple(texts) != self._texts:
-            self._texts = tuple(texts)
-            self._ids = tuple(tuple(self._tokenizer.encode(text)) for text in texts if text)
-        return self._ids
-
-
-class _KeptCosts:
-    """What a planner learnt of the machine, from run to run."""
-
-    def __init__(self, cache: CacheFile, key: str) -> None:
-        self._cache = cache
-        self._key = key
-
-    def restore(self, drafter: Drafter) -> None:
-        kept = self._cache.get(self._key)
-        if isinstance(drafter, Planner) and isinstance(kept, dict):
-            drafter.costs.restore(kept)
-
-    def keep(self, drafter: Drafter) -> None:
-        if isinstance(drafter, Planner) and (learnt := drafter.costs.to_json()):
-            self._cache.put(self._key, learnt)
-
-
-def _past_answers(store: Store, tokenizer: Tokenizer) -> PastAnswers:
-    """The answers in this vocabulary: ids mean nothing in another one."""
-    vocabulary = sha256("\0".join(tokenizer.tokens()).encode("utf-8", "surrogatepass")).hexdigest()
-    return PastAnswers(AnswerFile(store.history_dir / f"{vocabulary[:16]}.ids"))
-
-
-def _make_drafters(
-    target: ModelSpec, model: ModelDrafter | None, past: PastAnswers | None, planned_tokens: int
-) -> dict[str, Drafter]:
-    """Every drafter by its name; "auto" plans with all of them."""
-
-    def costs() -> Costs:
-        share = model.session.spec.weight_bytes / target.weight_bytes if model else 0.0
-        return Costs(max_rows=target.max_rows, alignment=target.row_alignment or 1, draft_share=share)
-
-    more: list[Drafter] = [ReferenceDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)]
-    if past is not None:
-        more.append(HistoryDrafter(past, max_draft=MAX_DRAFT_TOKENS, bold=True))
-    planner = Planner(
-        costs(),
-        LookupDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True),
-        model,
-        more=more,
-        fixed=costs(),
-        max_draft=planned_tokens,
-    )
-    drafters: dict[str, Drafter] = {
-        "none": NoDrafter(),
-        "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
-        "reference": ReferenceDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
-        "auto": planner,
-    }
-    if past is not None:
-        drafters["history"] = HistoryDrafter(past, max_draft=LOOKUP_TOKENS)
-    if model is not None:
-        drafters["model"] = model
-    return drafters
-
-
-def _drafted_by(source: Source | None, loaded: LoadedModel | None) -> str:
-    """What the cost of a draft token depends on besides the machine."""
-    return f"{source.sha256} {engine_key(loaded.backend)}" if source and loaded else "no draft"
-
-
-def _notes_on(source: Source, loaded: LoadedModel, drafter: str) -> list[str]:
-    """What the user should know of a target before its first text."""
+def _describe(request: LoadRequest, models: OpenedModels, drafter: str, load_s: float) -> EngineInfo:
+    """What was loaded, with what the user should know before the first text."""
+    source, target, draft = request.source, models.target, models.draft
     notes = []
     if source.template.source == "chatml":
         notes.append(f"{source.name} carries no chat template: ChatML stands in")
-    if drafter != "none" and loaded.model.spec.row_alignment is None:
+    if drafter != "none" and target.model.spec.row_alignment is None:
         notes.append("rows are not padded here: in a near tie, greedy text may differ from plain decoding's")
-    return notes
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+    return EngineInfo(
+        target=source.name,
+        draft=request.draft_source.name if request.draft_source else None,
+        backend=target.backend,
+        recipe=target.recipe,
+        threads=request.threads,
+        n_ctx=request.n_ctx,
+        load_s=load_s,
+        notes=[*notes, *target.notes, *(draft.notes if draft else ())],
+        chat_sampling=request.chat_sampling,
+        chat_system=request.chat_system,
+        draft_backend=draft.backend if draft else None,
+    )

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TypedDict
 
 from edge_spec.decoding.decoder import DecodeStats, SpeculativeDecoder, Step
 from edge_spec.decoding.stop import StopStrings
 from edge_spec.errors import UsageError
 from edge_spec.tokenizer import Detokenizer
-from edge_spec.types import FinishReason, GenerationResult, Piece, SamplingParams
+from edge_spec.types import FinishReason, GenerationResult, Piece, Progress, SamplingParams
 
 # Here and not where it is used: a stream may end while Python shuts down, when nothing can be imported any more.
 if sys.platform != "win32":
@@ -34,6 +35,23 @@ class EngineInfo:
     chat_system: str | None
     draft_backend: str | None = None
     """Where the draft runs; None without one."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What a generation may be told, whichever way it is started."""
+
+    max_tokens: int | None
+    """Most tokens to write; None: until the turn ends or the window is full."""
+    sampling: SamplingParams | None
+    """How tokens are chosen; None is greedy."""
+    stop: Sequence[str]
+    """Texts that end the answer; they are not part of it."""
+    drafter: str | None
+    """What drafts this time; None is what the engine was loaded with."""
+    reference: Sequence[str]
+    """Texts that the answer is likely to copy from; they change its speed only."""
+    on_progress: Progress | None
+    """Called with `(read, to_read)` while the prompt is read; False cancels."""
 
 
 Finish = Callable[["Stream"], GenerationResult]

@@ -1,0 +1,111 @@
+"""What an engine is put together from, once its models are loaded: drafters, and what is kept between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+
+from edge_spec.answer_file import AnswerFile
+from edge_spec.cache_file import CacheFile
+from edge_spec.decoding.drafter import Drafter, NoDrafter
+from edge_spec.decoding.session import Session
+from edge_spec.drafting import (
+    Costs,
+    HistoryDrafter,
+    LookupDrafter,
+    ModelDrafter,
+    PastAnswers,
+    Planner,
+    ReferenceDrafter,
+)
+from edge_spec.loading import engine_key, machine_key
+from edge_spec.opening import MAX_DRAFT_TOKENS, LoadRequest, OpenedModels
+from edge_spec.store import Store
+from edge_spec.tokenizer import Tokenizer
+from edge_spec.types import ModelSpec
+
+DRAFT_TOKENS, LOOKUP_TOKENS = 3, 7
+"""Lengths of drafts where no planner chooses them."""
+PLANNED_TOKENS = 7
+
+
+def make_drafters(models: OpenedModels, past: PastAnswers | None, draft_tokens: int | None) -> dict[str, Drafter]:
+    """Every drafter by its name; "auto" plans with all of them. `draft_tokens`: the longest draft of the model."""
+    target = models.target.model.spec
+    model = None
+    if models.draft is not None:
+        model = ModelDrafter(Session(models.draft.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
+    drafters: dict[str, Drafter] = {
+        "none": NoDrafter(),
+        "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
+        "reference": ReferenceDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
+        "auto": _make_planner(target, model, past, draft_tokens or PLANNED_TOKENS),
+    }
+    if past is not None:
+        drafters["history"] = HistoryDrafter(past, max_draft=LOOKUP_TOKENS)
+    if model is not None:
+        drafters["model"] = model
+    return drafters
+
+
+def _make_planner(target: ModelSpec, model: ModelDrafter | None, past: PastAnswers | None, max_draft: int) -> Planner:
+    def costs() -> Costs:
+        share = model.session.spec.weight_bytes / target.weight_bytes if model else 0.0
+        return Costs(max_rows=target.max_rows, alignment=target.row_alignment or 1, draft_share=share)
+
+    more: list[Drafter] = [ReferenceDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)]
+    if past is not None:
+        more.append(HistoryDrafter(past, max_draft=MAX_DRAFT_TOKENS, bold=True))
+    lookup = LookupDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)
+    return Planner(costs(), lookup, model, more=more, fixed=costs(), max_draft=max_draft)
+
+
+def past_answers(store: Store, tokenizer: Tokenizer) -> PastAnswers:
+    """The answers in this vocabulary: ids mean nothing in another one."""
+    vocabulary = sha256("\0".join(tokenizer.tokens()).encode("utf-8", "surrogatepass")).hexdigest()
+    return PastAnswers(AnswerFile(store.history_dir / f"{vocabulary[:16]}.ids"))
+
+
+class References:
+    """The callers' texts as ids; those of the last call are kept, since the next often brings them again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: tuple[str, ...] = ()
+        self._ids: tuple[tuple[int, ...], ...] = ()
+
+    def ids(self, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """One sequence of ids a text; empty texts are left out."""
+        if tuple(texts) != self._texts:
+            self._texts = tuple(texts)
+            self._ids = tuple(tuple(self._tokenizer.encode(text)) for text in texts if text)
+        return self._ids
+
+
+class KeptCosts:
+    """What a planner learnt of the machine, from run to run."""
+
+    def __init__(self, cache: CacheFile, key: str) -> None:
+        self._cache = cache
+        self._key = key
+
+    @classmethod
+    def of(cls, request: LoadRequest, models: OpenedModels, store: Store) -> KeptCosts:
+        """The costs of these models on this machine, on these backends."""
+        draft = "no draft"
+        if request.draft_source and models.draft:
+            draft = f"{request.draft_source.sha256} {engine_key(models.draft.backend)}"
+        names = f"{request.source.sha256} {models.target.recipe} | {draft}"
+        machine = machine_key(models.target.backend, request.threads)
+        return cls(CacheFile(store.cache_dir / "costs.json"), f"{machine} | {names}")
+
+    def restore(self, drafter: Drafter) -> None:
+        """Give a planner what an earlier run learnt."""
+        kept = self._cache.get(self._key)
+        if isinstance(drafter, Planner) and isinstance(kept, dict):
+            drafter.costs.restore(kept)
+
+    def keep(self, drafter: Drafter) -> None:
+        """Keep what a planner has learnt."""
+        if isinstance(drafter, Planner) and (learnt := drafter.costs.to_json()):
+            self._cache.put(self._key, learnt)

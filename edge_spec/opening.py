@@ -1,0 +1,163 @@
+"""From what the caller asks for to loaded models: find the files, settle what is open, load one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edge_spec.cores import check_threads
+from edge_spec.errors import UsageError
+from edge_spec.export.recipe import Recipe
+from edge_spec.loading import (
+    BACKENDS,
+    LoadedModel,
+    Loader,
+    Source,
+    StageProgress,
+    choose_n_ctx,
+    chosen_draft_backend,
+    chosen_recipe,
+    draft_recipe,
+    find_source,
+)
+from edge_spec.store import DEFAULT_PAIR, Store
+from edge_spec.tokenizer import check_same_vocabulary
+from edge_spec.types import SamplingParams
+
+DRAFTERS = ("none", "lookup", "reference", "history", "model", "auto")
+WITH_MODEL = ("auto", "model")
+"""Those that the draft model is loaded for."""
+MAX_DRAFT_TOKENS = 15
+
+NO_HISTORY = "the drafter 'history' needs one: load the engine with history=True (--history)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What the caller of `Engine.load` asks for, as it is told there; None leaves a choice to us."""
+
+    pair: str | None = None
+    target: str | Path | None = None
+    draft: str | Path | None = None
+    backend: str = "onnx"
+    draft_backend: str | None = None
+    drafter: str = "auto"
+    draft_tokens: int | None = None
+    threads: int | None = None
+    n_ctx: int | None = None
+    recipe: str | None = None
+    pad_rows: bool = True
+    history: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError for what can be refused before any file is opened."""
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("draft_backend", self.draft_backend or self.backend, BACKENDS)
+        check_choice("drafter", self.drafter, DRAFTERS)
+        if self.pair is not None and self.target is not None:
+            raise UsageError("a pair names its target: give a pair or a target, not both")
+        if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
+            raise UsageError(f"draft_tokens={self.draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
+        check_threads(self.threads)
+        if self.drafter == "history" and not self.history:
+            raise UsageError(NO_HISTORY)
+        if not self.pad_rows and self.backend == "llama":
+            raise UsageError("the llama backend never pads: leave pad_rows alone")
+        if self.draft is not None and self.drafter not in WITH_MODEL:
+            raise UsageError(f"the drafter {self.drafter!r} has no use for a draft model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest:
+    """What will be loaded: files that were found, and every choice made."""
+
+    source: Source
+    draft_source: Source | None
+    backend: str
+    draft_backend: str
+    threads: int
+    n_ctx: int
+    recipe: Recipe | None
+    """How the target's weights are stored; None follows the source."""
+    pad_rows: bool
+    chat_sampling: SamplingParams
+    chat_system: str | None
+
+    @property
+    def draft_n_ctx(self) -> int:
+        """The draft's window: the target's, or its own limit if that is smaller."""
+        return min(self.n_ctx, self.draft_source.n_ctx_train) if self.draft_source else 0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModels:
+    """What a request became. Whoever holds it closes the models."""
+
+    target: LoadedModel
+    draft: LoadedModel | None
+
+
+def resolve(options: LoadOptions, store: Store) -> LoadRequest:
+    """Find the files and make the choices that were left open; loads nothing.
+
+    Raises UsageError, ModelNotFoundError, ModelFormatError, VocabMismatchError.
+    """
+    options.check()
+    known = store.pair(options.pair or DEFAULT_PAIR) if options.target is None else None
+    draft = options.draft
+    if known is not None and draft is None and options.drafter in WITH_MODEL:
+        draft = known.draft
+    if draft is None:
+        _refuse_options_of_a_draft(options)
+
+    source = find_source(store, known.target if known else options.target or "")
+    draft_source = find_source(store, draft, share=source.tokenizer) if draft is not None else None
+    if draft_source is not None:
+        check_same_vocabulary(source.tokenizer, draft_source.tokenizer)
+    return LoadRequest(
+        source=source,
+        draft_source=draft_source,
+        backend=options.backend,
+        draft_backend=chosen_draft_backend(options.draft_backend, options.backend),
+        threads=check_threads(options.threads),
+        n_ctx=choose_n_ctx(source, options.n_ctx),
+        recipe=chosen_recipe(options.recipe, options.backend, source),
+        pad_rows=options.pad_rows,
+        chat_sampling=known.sampling if known else SamplingParams(),
+        chat_system=known.system if known else None,
+    )
+
+
+def open_models(request: LoadRequest, store: Store, progress: StageProgress | None = None) -> OpenedModels:
+    """Load the target, then the draft; a failure leaves nothing open. Raises what `Engine.load` raises."""
+    loader = Loader(store=store, backend=request.backend, threads=request.threads, progress=progress)
+    with ExitStack() as opened:
+        target = loader.load(request.source, n_ctx=request.n_ctx, recipe=request.recipe, aligned=request.pad_rows)
+        opened.callback(target.model.close)
+        draft = None
+        if request.draft_source is not None:
+            draft = replace(loader, backend=request.draft_backend).load(
+                request.draft_source,
+                n_ctx=request.draft_n_ctx,
+                recipe=draft_recipe(request.draft_source),
+                aligned=False,
+            )
+            opened.callback(draft.model.close)
+        opened.pop_all()
+    return OpenedModels(target, draft)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """UsageError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UsageError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def _refuse_options_of_a_draft(options: LoadOptions) -> None:
+    if options.drafter == "model":
+        raise UsageError("the drafter 'model' needs a draft model: name one, or use 'lookup'")
+    for name in ("draft_tokens", "draft_backend"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"{name} is for the draft model, and no draft model is used")
