@@ -51,6 +51,7 @@ def full_grid(backends: tuple[str, ...], random_models: dict[str, tuple[str, ...
         for model, runs_on in random_models.items():
             if backend in runs_on:
                 yield Cell(model=model, backend=backend, n_ctx=1024)
+                yield Cell(model=model, backend=backend, n_ctx=4096)
     for backend in backends:
         for n_ctx in (256, 1024, 2048, 4096, 8192):
             yield Cell(model=REAL[0], backend=backend, n_ctx=n_ctx)

@@ -49,7 +49,7 @@ def foretell(cell: Cell, store: Store, *, path_of: dict[str, Path]) -> Foretold:
         batch=cell.batch,
         max_rows=cell.rows,
         threads=cell.threads,
-        lookup=cell.is_plain,
+        lookup=cell.is_plain and not cell.draft,
     )
     return Foretold(estimate(target, draft, settings), stored)
 

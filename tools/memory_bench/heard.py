@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from typing import Any
 
@@ -11,21 +10,23 @@ _CONTEXT_PARTS = {"KV": "cache_bytes", "RS": "state_bytes", "compute": "compute_
 
 
 class LlamaLog:
-    """Listens to llama.cpp from its making on; sums over all models that are loaded meanwhile."""
+    """Listens to llama.cpp from its making on; sums over all models that are loaded meanwhile.
+
+    It stands in for the backend's own listener, and leaves it to the backend to import the library, in its own time.
+    """
 
     def __init__(self) -> None:
         from edge_spec.backends import _llama_library as ours
 
-        library = ours.import_library()
         self._lines: list[str] = []
+        collect = ours._collect_error
 
         def listen(level: int, text: bytes, user_data: Any) -> None:
             if (line := text.decode(errors="replace")).find("buffer size =") >= 0:
                 self._lines.append(line)
-            ours._collect_error(level, text, user_data)
+            collect(level, text, user_data)
 
-        self._callback = library.llama_log_callback(listen)
-        library.llama_log_set(self._callback, ctypes.c_void_p(0))
+        ours._collect_error = listen
 
     def sums(self) -> dict[str, int]:
         """Bytes by what they are for; the log's precision is a hundredth of a MiB a line."""

@@ -19,8 +19,9 @@ from typing import Any
 from memory_bench.cell import Cell
 from memory_bench.proc import Memory, read_memory, reset_peak
 
-_NEW_TOKENS = 48
-"""Room that the prompt leaves in the window; all of it is written, unless the model ends its text."""
+_NEW_TOKENS = 96
+"""Room that the prompt leaves in the window, for the chat template and the answer, which fills it unless the model ends
+it."""
 
 _peak = Memory()
 
@@ -57,18 +58,24 @@ def _run_engine(cell: Cell, log: Any, tell: Any) -> None:
     from edge_spec import Engine
 
     tell("imported")
-    wanted = {"kv": cell.kv} if cell.kv else {}
-    unknown = wanted.keys() - inspect.signature(Engine.load).parameters.keys()
-    if unknown:
+    wanted: dict[str, Any] = {"kv": cell.kv} if cell.kv else {}
+    if unknown := wanted.keys() - inspect.signature(Engine.load).parameters.keys():
         tell("refused", error="NoSuchOption", message=f"Engine.load has no {', '.join(unknown)}")
         return
     loading = Engine.load(
-        target=cell.model, draft=cell.draft, backend=cell.backend, n_ctx=cell.n_ctx, threads=cell.threads, **wanted
+        target=cell.model,
+        draft=cell.draft,
+        backend=cell.backend,
+        # A planner may find that the draft does not pay, and then its cache stays empty: here it has to draft.
+        drafter="model" if cell.draft else "auto",
+        n_ctx=cell.n_ctx,
+        threads=cell.threads,
+        **wanted,
     )
     with closing(loading) as engine:
         models = [session._model for session in engine._sessions()]
         tell("loaded", heard=_heard(log, models))
-        stream = engine.stream(_text(engine.count, cell.n_ctx - _NEW_TOKENS), raw=True)
+        stream = engine.stream(_text(engine.count, cell.n_ctx - _NEW_TOKENS))
         for _ in stream:
             _sample()
         result = stream.result
