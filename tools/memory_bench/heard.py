@@ -21,10 +21,10 @@ class LlamaLog:
         self._lines: list[str] = []
         collect = ours._collect_error
 
-        def listen(level: int, text: bytes, user_data: Any) -> None:
+        def listen(level: int, text: bytes, _user_data: Any) -> None:
             if (line := text.decode(errors="replace")).find("buffer size =") >= 0:
                 self._lines.append(line)
-            collect(level, text, user_data)
+            collect(level, text, _user_data)
 
         ours._collect_error = listen
 
