@@ -26,20 +26,20 @@ def anonymous() -> int:
 kind, path = sys.argv[1:]
 if kind == "llama":
     from edge_spec.backends import llama
-    model = llama.load(Path(path), name="tiny", n_ctx=8192, threads=1)
+    model = llama.load(Path(path), name="tiny", n_ctx=2048, threads=1)
 else:
     from edge_spec.export import open_export
     if kind == "onnx":
         from edge_spec.backends.onnx import OnnxModel as Model
     else:
         from edge_spec.backends.openvino import OpenVinoModel as Model
-    model = Model(open_export(Path(path)), name="tiny", n_ctx=8192, threads=1)
-for _ in range(16):
+    model = Model(open_export(Path(path)), name="tiny", n_ctx=2048, threads=1)
+for _ in range(4):
     model.decode([1] * 512, rows=0)
-cache_bytes = 8192 * model.spec.kv_bytes_per_token
+cache_bytes = 2048 * model.spec.kv_bytes_per_token
 full = anonymous()
-model.evict(10, 8190)
-model.resize(512)
+model.evict(10, 2040)
+model.resize(256)
 model.decode([1])
 print((full - anonymous()) / cache_bytes)
 """
@@ -48,15 +48,13 @@ print((full - anonymous()) / cache_bytes)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
 @pytest.mark.parametrize("kind", ["onnx", "llama", pytest.param("openvino", marks=pytest.mark.openvino)])
 def test_a_smaller_cache_gives_its_memory_back(kind: str, tmp_path: Path) -> None:
-    path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512, n_ctx=8192, n_kv_head=4, n_layer=4)
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512, n_ctx=2048, n_kv_head=4, n_layer=4)
     if kind != "llama":
         from edge_spec.export import RECIPES, export_model
 
         export_model(path, RECIPES["int4"], tmp_path / "out", sha256="0" * 64, threads=1)
         path = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, kind, str(path)], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", MEASURE, kind, str(path)], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.8
 
 
