@@ -20,6 +20,24 @@ Progress: TypeAlias = Callable[[int, int], bool | None]
 """Called as `progress(done, total)`; returning False asks to stop."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Tokens that were evicted from a context. Lengths count the tokens that were left right then.
+
+    They stood at `start`; `read` tokens of what was left had been read when they went, and those from `start` on saw
+    them. So two contexts are the same only if their tokens and their holes are.
+    """
+
+    start: int
+    tokens: tuple[int, ...]
+    read: int
+
+    @property
+    def end(self) -> int:
+        """Where they ended."""
+        return self.start + len(self.tokens)
+
+
 class FinishReason(StrEnum):
     """Why a generation ended."""
 
@@ -167,6 +185,7 @@ class Prompt:
     """The ids that are read before the first token is written, and what became of those that are not among them."""
 
     ids: list[int]
+    holes: tuple[Hole, ...] = ()
     archive: tuple[int, ...] = ()
     """Text that was dropped, as ids: still good to copy from."""
     dropped: tuple[Dropped, ...] = ()
