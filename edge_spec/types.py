@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,18 @@ class Hole:
     def end(self) -> int:
         """Where they ended."""
         return self.start + len(self.tokens)
+
+
+class Eviction(Protocol):
+    """Says what a context loses while it is written on."""
+
+    def span(self, length: int, n_ctx: int) -> tuple[int, int] | None:
+        """Start and end of the tokens that go when `length` of `n_ctx` are there; None where nothing may go."""
+        ...
+
+    def span_down_to(self, length: int, max_tokens: int) -> tuple[int, int] | None:
+        """The same, so that at most `max_tokens` are left."""
+        ...
 
 
 class FinishReason(StrEnum):
@@ -186,6 +198,9 @@ class Prompt:
 
     ids: list[int]
     holes: tuple[Hole, ...] = ()
+    """What was evicted while they were read."""
+    eviction: Eviction | None = None
+    """What goes when the window is full; None ends the text then."""
     archive: tuple[int, ...] = ()
     """Text that was dropped, as ids: still good to copy from."""
     dropped: tuple[Dropped, ...] = ()

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from edge_spec.decoding.sampling import make_sampler
 from edge_spec.decoding.session import Session
 from edge_spec.decoding.verify import verify
 from edge_spec.errors import ContextLengthError, GenerationCancelled, UsageError
-from edge_spec.types import Draft, DrafterStats, FinishReason, Hole, ModelSpec, Progress, SamplingParams
+from edge_spec.types import Draft, DrafterStats, Eviction, FinishReason, Hole, ModelSpec, Progress, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +70,6 @@ class DecodeStats:
         """What was spent so far was spent on the prompt."""
         self.prefill_s = self.draft_s + self.target_s + self.own_s
         self.draft_s = self.draft_model_s = self.target_s = self.own_s = 0.0
-
-
-class Eviction(Protocol):
-    """Says what a context loses while it is written on."""
-
-    def span(self, length: int, n_ctx: int) -> tuple[int, int] | None:
-        """Start and end of the tokens that go when `length` of `n_ctx` are there; None where nothing may go."""
-        ...
-
-    def span_down_to(self, length: int, max_tokens: int) -> tuple[int, int] | None:
-        """The same, so that at most `max_tokens` are left."""
-        ...
 
 
 class SpeculativeDecoder:

@@ -162,11 +162,8 @@ class Session:
             known -= 1
             self._undo(known)
         for hole, stage in zip(holes[known:], stages[known:], strict=False):
-            if not self._exact:
-                if self._num_shared(stage) >= hole.end:
-                    self._evict(hole)
-                else:
-                    self._holes.append(hole)
+            if not self._exact and self._num_shared(stage) < hole.end:
+                self._holes.append(hole)
                 continue
             before = len(self._holes)
             start = self._keep_prefix_of(stage, len(stage))
