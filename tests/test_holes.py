@@ -9,12 +9,13 @@ from zlib import crc32
 import numpy as np
 import pytest
 
+from edge_spec.backends.top_k import top_k
 from edge_spec.context import Sinks, Stretch, read_on
 from edge_spec.decoding import Drafter, NoDrafter, Session, SpeculativeDecoder
 from edge_spec.decoding.session import unfold
 from edge_spec.drafting import LookupDrafter, ModelDrafter
 from edge_spec.errors import ContextLengthError
-from edge_spec.types import Context, Decoded, Draft, FinishReason, Hole, Logits, SamplingParams
+from edge_spec.types import Context, Decoded, Draft, FinishReason, Hole, Logits, Output, SamplingParams
 from tests.fakes import FakeLM
 
 
@@ -25,14 +26,15 @@ class SeeingLM(FakeLM):
         super().__init__(n_vocab, n_ctx, can_evict=can_evict, seed=seed, order=None)
         self.rows: list[int] = []
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         before = list(self.rows)
         super().decode(tokens, rows=rows)
         self.rows = before
         for token in tokens:
             self.rows.append(crc32(repr((token, self.rows)).encode()))
         seen = [self._logits_of(self.rows[len(self.rows) - rows + i]) for i in range(rows)]
-        return Decoded(np.array(seen, np.float32).reshape(rows, self.spec.n_vocab))
+        logits = np.array(seen, np.float32).reshape(rows, self.spec.n_vocab)
+        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
         super().rollback(length)
@@ -43,7 +45,8 @@ class SeeingLM(FakeLM):
         del self.rows[start:end]
 
     def _logits_of(self, row: int) -> Logits:
-        return np.random.default_rng([self.seed, row]).standard_normal(self.spec.n_vocab).astype(np.float32)
+        logits: Logits = np.random.default_rng([self.seed, row]).standard_normal(self.spec.n_vocab).astype(np.float32)
+        return logits
 
 
 def fresh(context: Context, holes: Sequence[Hole]) -> Logits:

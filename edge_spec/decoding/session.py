@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from edge_spec.backends.base import CausalLM, PaddedRows
 from edge_spec.decoding.prefix import common_prefix
 from edge_spec.errors import ContextLengthError, GenerationCancelled, RollbackUnsupportedError
-from edge_spec.types import Context, Decoded, Hole, ModelSpec, Progress
+from edge_spec.types import Context, Decoded, Hole, ModelSpec, Output, Progress
 
 PREFILL_CHUNK = 128
 """Tokens read at a time: enough for full speed, few enough that cancelling is felt at once."""
@@ -44,11 +44,12 @@ class Session:
         context: Context,
         *,
         rows: int = 1,
+        want: Output = Output.LOGITS,
         holes: Sequence[Hole] = (),
         on_progress: Progress | None = None,
         chunk: int = PREFILL_CHUNK,
     ) -> Decoded:
-        """Bring the cache to `context` and return the logits of its last `rows` positions, shape [rows, n_vocab].
+        """Bring the cache to `context` and return what is wanted of its last `rows` positions: see `CausalLM.decode`.
 
         Reads only what the cache does not hold, `chunk` tokens at a time, calling `on_progress(read, to_read)` after
         each; at least the last `rows` tokens are read again. `1 <= rows <= min(len(context), spec.max_rows)`. `holes`,
@@ -72,7 +73,7 @@ class Session:
         start = self._keep_prefix_of(sequence, limit)
         reading.correct(len(sequence) - start)
         start = self._read(sequence, start, len(sequence), reading, rows=rows)
-        decoded = self._append(sequence[start:], rows)
+        decoded = self._append(sequence[start:], rows, want)
         reading.report(len(sequence) - start)
         return decoded
 
@@ -221,11 +222,11 @@ class Session:
         self._cached = [] if cached is None else cached[:length]
         return length
 
-    def _append(self, tokens: list[int], rows: int) -> Decoded:
+    def _append(self, tokens: list[int], rows: int, want: Output = Output.LOGITS) -> Decoded:
         # The cache counts as unknown while the backend works, so that whatever interrupts it leaves no false belief.
         cached, self._cached = self._cached, None
         assert cached is not None
-        decoded = self._model.decode(tokens, rows=rows)
+        decoded = self._model.decode(tokens, rows=rows, want=want)
         cached += tokens
         self._cached = cached
         return decoded
