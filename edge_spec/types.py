@@ -57,6 +57,12 @@ class ModelSpec:
     row_alignment: int | None
     """Decodes are padded to a multiple of this many rows, so that a row's logits do not depend on what else was in
     the pass (1: none needed). None: no such promise; a row may differ in its last bits from pass to pass."""
+    kv_type: str = "f32"
+    """What keys and values are stored as: `f32`, `f16`, or a quantised type by its library's name."""
+    can_evict: bool = False
+    """Whether tokens can be dropped from the middle of the cache."""
+    can_resize: bool = False
+    """Whether the cache can be made anew in another length with its tokens kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +152,29 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Dropped:
+    """What the model had not before it any more when it answered."""
+
+    policy: str
+    """"turns", "sinks" or "surprisal"."""
+    tokens: int
+    text: str
+    """What it said; passages that did not follow each other stand on lines of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The ids that are read before the first token is written, and what became of those that are not among them."""
+
+    ids: list[int]
+    archive: tuple[int, ...] = ()
+    """Text that was dropped, as ids: still good to copy from."""
+    dropped: tuple[Dropped, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the user should know of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrafterStats:
     """What one drafter did in a generation."""
 
@@ -191,3 +220,5 @@ class GenerationResult:
     notes: list[str] = field(default_factory=list)
     draft_backend: str | None = None
     """Where the draft ran, None without one; `backend` is the target's."""
+    dropped: tuple[Dropped, ...] = ()
+    """What the context has lost; `prompt_tokens` counts what was left."""
