@@ -14,7 +14,8 @@ from edge_spec.backends.base import CausalLM
 from edge_spec.cache_file import CacheFile
 from edge_spec.chat_template import ChatTemplate
 from edge_spec.errors import BackendUnavailableError, ModelFormatError, UnsupportedArchitectureError, UsageError
-from edge_spec.export.exporter import Export, ensure_export, is_export, open_export
+from edge_spec.export.exporter import Export, ensure_export, open_export
+from edge_spec.export.folder import is_export
 from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.store import Store

@@ -61,10 +61,10 @@ class OnnxModel:
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
-        with _translated(f"loading {name}"):
+        with translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
                 str(export.model_file),
-                _session_options(ort, threads),
+                session_options(ort, threads),
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,  # it would print to standard output and try the same again
             )
@@ -105,7 +105,7 @@ class OnnxModel:
         self._bind_output("logits", (1, len(wanted), scored.shape[1]), scored)
         if self._head is not None:
             self._bind_output("hidden", (1, len(wanted), self._head.hidden.shape[1]), self._head.hidden)
-        with _translated(f"decoding {n} tokens"):
+        with translated(f"decoding {n} tokens"):
             self._session.run_with_iobinding(self._binding, self._run_options)
         self._length += n
         if self._head is not None:
@@ -171,7 +171,7 @@ class OnnxModel:
         self._binding.bind_output(name, "cpu", 0, np.float32, shape, array.ctypes.data)
 
 
-def _session_options(ort: Any, threads: int) -> Any:
+def session_options(ort: Any, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -182,7 +182,7 @@ def _session_options(ort: Any, threads: int) -> Any:
 
 
 @contextmanager
-def _translated(doing: str) -> Iterator[None]:
+def translated(doing: str) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions, which share no base of their own, and a want of memory into BackendError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
