@@ -29,7 +29,7 @@ from edge_spec.opening import (
     resolve,
 )
 from edge_spec.store import Store
-from edge_spec.types import GenerationResult, Progress, SamplingParams
+from edge_spec.types import GenerationResult, Progress, Prompt, SamplingParams
 
 COPYING = ("reference", "auto")
 """Drafters that copy from references."""
@@ -167,7 +167,7 @@ class Engine:
             messages.append({"role": "user", "content": prompt})
             prompt_ids = self._source.template.render_ids(messages, self._source.tokenizer)
         return self._stream_ids(
-            prompt_ids,
+            Prompt(prompt_ids),
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stop,
@@ -190,10 +190,21 @@ class Engine:
             pass
         return stream.result
 
-    def chat(self, *, system: str | None = None) -> Chat:
-        """A conversation; `system` defaults to the pair's own, then to the template's."""
+    def chat(self, *, system: str | None = None, on_full: str = "turns") -> Chat:
+        """A conversation; `system` defaults to the pair's own, then to the template's.
+
+        `on_full` says what happens when it outgrows the window: "turns" drops the oldest turns but the first, "error"
+        raises ContextLengthError.
+        """
         system = system if system is not None else self.info.chat_system
-        return Chat(self._stream_ids, self._source.template, self._source.tokenizer, system=system)
+        return Chat(
+            self._stream_ids,
+            self._source.template,
+            self._source.tokenizer,
+            system=system,
+            on_full=on_full,
+            window=lambda: self._target.spec.n_ctx,
+        )
 
     def count(self, text: str) -> int:
         """Tokens of `text`, as plain text."""
@@ -224,7 +235,7 @@ class Engine:
 
     def _stream_ids(
         self,
-        prompt_ids: list[int],
+        prompt: Prompt,
         *,
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
@@ -240,7 +251,7 @@ class Engine:
         refused = self._target.num_refused_rollbacks
 
         def finish(stream: Stream) -> GenerationResult:
-            result = make_result(stream, prompt_tokens=len(prompt_ids), info=info)
+            result = make_result(stream, prompt=prompt, info=info)
             if self._target.num_refused_rollbacks > refused:
                 result.notes.append("the backend could not drop tokens from its cache, so the context was read again")
             self._remember(result)
@@ -250,16 +261,17 @@ class Engine:
 
         return Stream(
             lambda cancelled: decoder.generate(
-                prompt_ids,
+                prompt.ids,
                 sampling=sampling,
                 max_tokens=max_tokens,
                 stop_ids=tokenizer.stop_ids,
                 references=references,
+                archive=prompt.archive,
                 cancelled=cancelled,
                 on_progress=on_progress,
             ),
             decoder,
-            tokenizer.stream(previous=prompt_ids[-1] if prompt_ids else None),
+            tokenizer.stream(previous=prompt.ids[-1] if prompt.ids else None),
             stop,
             finish,
         )

@@ -146,6 +146,29 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Dropped:
+    """What the model had not before it any more when it answered."""
+
+    policy: str
+    """"turns", "sinks" or "surprisal"."""
+    tokens: int
+    text: str
+    """What it said; passages that did not follow each other stand on lines of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The ids that are read before the first token is written, and what became of those that are not among them."""
+
+    ids: list[int]
+    archive: tuple[int, ...] = ()
+    """Text that was dropped, as ids: still good to copy from."""
+    dropped: tuple[Dropped, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the user should know of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrafterStats:
     """What one drafter did in a generation."""
 
@@ -191,3 +214,5 @@ class GenerationResult:
     notes: list[str] = field(default_factory=list)
     draft_backend: str | None = None
     """Where the draft ran, None without one; `backend` is the target's."""
+    dropped: tuple[Dropped, ...] = ()
+    """What the context has lost; `prompt_tokens` counts what was left."""

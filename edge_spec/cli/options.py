@@ -30,6 +30,13 @@ class BackendName(StrEnum):
     LLAMA = "llama"
 
 
+class OnFull(StrEnum):
+    """What a conversation does when it outgrows the window."""
+
+    TURNS = "turns"
+    ERROR = "error"
+
+
 class DrafterName(StrEnum):
     """Where proposed tokens come from."""
 
@@ -73,6 +80,14 @@ CtxOption = Annotated[
     int | None,
     typer.Option(
         "--ctx", min=1, help="Window in tokens (default: 4096, or what the model has).", rich_help_panel=_MODEL
+    ),
+]
+OnFullOption = Annotated[
+    OnFull,
+    typer.Option(
+        help="What happens to a conversation that outgrows the window: turns drops the oldest but the first, "
+        "error refuses the turn.",
+        rich_help_panel=_TEXT,
     ),
 ]
 NoPadOption = Annotated[
