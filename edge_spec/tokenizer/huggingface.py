@@ -92,27 +92,29 @@ def parse_json(text: str) -> dict[str, Any]:
     """The description as a value, its outline checked; ModelFormatError if it is not a tokenizer's."""
     try:
         described = json.loads(text)
-        if not isinstance(described["model"], dict) or not isinstance(described.get("added_tokens") or [], list):
-            raise TypeError("its model or its added_tokens are of another type")
-        for token in described.get("added_tokens") or []:
-            if not (isinstance(token["id"], int) and isinstance(token["content"], str)):
-                raise TypeError("an added token without an id and a text")
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
-        raise ModelFormatError(f"the tokenizer.json is not a tokenizer's: {exc!r}") from exc
-    return dict(described)
+    except (ValueError, RecursionError) as exc:
+        raise ModelFormatError(f"the tokenizer.json is not JSON: {exc}") from exc
+    if not (isinstance(described, dict) and isinstance(described.get("model"), dict)):
+        raise ModelFormatError("the tokenizer.json describes no tokenizer: it has no model")
+    added = described.get("added_tokens") or []
+    if not (isinstance(added, list) and all(map(_is_added_token, added))):
+        raise ModelFormatError("the tokenizer.json has an added token without an id and a text")
+    return described
+
+
+def _is_added_token(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("content"), str)
 
 
 def tokens_of(described: dict[str, Any]) -> dict[int, str]:
     """Every token that a description lists, by id; ModelFormatError where the list is not one."""
     vocabulary = described["model"].get("vocab")
     try:
-        if isinstance(vocabulary, dict):
-            tokens = {int(i): str(token) for token, i in vocabulary.items()}
-        elif isinstance(vocabulary, list):
+        if isinstance(vocabulary, list):
             tokens = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
         else:
-            raise TypeError("it has no vocabulary")
-    except (TypeError, ValueError, IndexError) as exc:
+            tokens = {int(i): str(token) for token, i in vocabulary.items()}
+    except (AttributeError, TypeError, ValueError, IndexError) as exc:
         raise ModelFormatError(f"the tokenizer.json lists no tokens: {exc}") from exc
     tokens |= {token["id"]: token["content"] for token in described.get("added_tokens") or []}
     if min(tokens, default=0) < 0:
