@@ -57,6 +57,12 @@ class ModelSpec:
     row_alignment: int | None
     """Decodes are padded to a multiple of this many rows, so that a row's logits do not depend on what else was in
     the pass (1: none needed). None: no such promise; a row may differ in its last bits from pass to pass."""
+    kv_type: str = "f32"
+    """What keys and values are stored as: `f32`, `f16`, or a quantised type by its library's name."""
+    can_evict: bool = False
+    """Whether tokens can be dropped from the middle of the cache."""
+    can_resize: bool = False
+    """Whether the cache can be made anew in another length with its tokens kept."""
 
 
 @dataclass(frozen=True, slots=True)

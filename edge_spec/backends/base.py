@@ -37,6 +37,24 @@ class CausalLM(Protocol):
         """
         ...
 
+    def evict(self, start: int, end: int) -> None:
+        """Drop the cached tokens [start, end) (0 <= start <= end <= self.length); those behind them move down.
+
+        A token that moved counts at its new position, in rotary embeddings and windows, as if it had been read there.
+        What it took from the dropped tokens in deeper layers stays with it: no pass is paid for.
+        Raises CacheUnsupportedError where `spec.can_evict` is False.
+        """
+        ...
+
+    def resize(self, n_ctx: int) -> None:
+        """Change the cache's length to `n_ctx` tokens, with those that it holds; `spec.n_ctx` follows.
+
+        The memory of a longer cache goes back to the system. Raises UsageError, with the cache as it was, if the
+        cached tokens do not fit or the model was not trained for `n_ctx`; BackendError if there is no memory for it;
+        CacheUnsupportedError where `spec.can_resize` is False.
+        """
+        ...
+
     def close(self) -> None:
         """Give the memory back; using the model afterwards is an error. Closing twice is not."""
         ...

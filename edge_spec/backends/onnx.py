@@ -7,24 +7,24 @@ rows keeps a row's logits the same bits whatever was decoded beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
+from edge_spec.backends._contiguous_cache import ContiguousCache
+from edge_spec.backends._onnx_session import session_options, translated
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.backends.trimmed_head import TrimmedHead
-from edge_spec.errors import BackendError, ContextLengthError, ModelFormatError, UsageError
+from edge_spec.errors import ContextLengthError, ModelFormatError, UsageError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec
 
 EMBEDDING = "token_embd.weight"
-
-MEMORY_REMEDY = "lower --ctx (n_ctx=), do without a draft model (--drafter lookup), or take a smaller model"
 
 
 class OnnxModel:
@@ -38,10 +38,8 @@ class OnnxModel:
         import onnxruntime as ort
 
         config = export.config
-        if config.n_ctx_exact and n_ctx > config.n_ctx_exact:
-            raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_exact} tokens")
+        check_exact(config, name, n_ctx)
         self._padding = 1
-        self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
         max_rows = round_up(max_rows, MAX_ALIGNMENT)
         self._spec = ModelSpec(
             name=name,
@@ -56,7 +54,10 @@ class OnnxModel:
             kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
             max_rows=max_rows,
             row_alignment=None,
+            can_evict=True,
+            can_resize=True,
         )
+        self._config = config
         self._length = 0
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
@@ -73,7 +74,8 @@ class OnnxModel:
             self._logits: Logits = np.full((max_rows, config.n_vocab), -np.inf, np.float32)
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
             self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
-            self._bind_constants(export)
+            self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx))
+            self._bind_cache()
 
     @property
     def spec(self) -> ModelSpec:
@@ -118,6 +120,24 @@ class OnnxModel:
             raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
         self._length = length
 
+    def evict(self, start: int, end: int) -> None:
+        """See `CausalLM.evict`; costs a copy of what moves."""
+        self._require_open()
+        check_evicted(self._spec, start, end, self._length)
+        if start < end:
+            self._cache.evict(start, end, self._length)
+            self._length -= end - start
+
+    def resize(self, n_ctx: int) -> None:
+        """See `CausalLM.resize`; a smaller cache is never held beside the larger one."""
+        self._require_open()
+        check_resized(self._spec, self._length, n_ctx)
+        check_exact(self._config, self._spec.name, n_ctx)
+        with translated(f"a cache of {n_ctx} tokens"):
+            self._cache.resize(n_ctx, _capacity(n_ctx), self._length)
+            self._spec = replace(self._spec, n_ctx=n_ctx)
+            self._bind_cache()
+
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
         if self._head is not None:
@@ -137,6 +157,7 @@ class OnnxModel:
         self._embeddings.close()
         # The binding points into what is held, and goes first.
         self._binding = self._session = self._head = None
+        self._cache = None
         self._held.clear()
         self._logits = np.empty((0, 0), np.float32)
 
@@ -152,16 +173,14 @@ class OnnxModel:
             raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
         return self._embeddings.dequantize(EMBEDDING, ids)[None]
 
-    def _bind_constants(self, export: Export) -> None:
+    def _bind_cache(self) -> None:
         """Bind the rotary tables and, each both as past and as present, the cache."""
-        for name, table in export.config.rope_inputs(self._capacity, self._spec.n_ctx).items():
+        n_ctx = self._spec.n_ctx
+        for name, table in self._config.rope_inputs(_capacity(n_ctx), n_ctx).items():
             self._bind(name, table)
-        shape = (1, self._spec.n_kv_heads, self._capacity, self._spec.head_dim)
-        for layer in range(self._spec.n_layer):
-            for kind in ("key", "value"):
-                cache = np.zeros(shape, np.float32)
-                self._bind(f"past_{kind}.{layer}", cache)
-                self._bind_output(f"{kind}.{layer}", shape, cache)
+        for name, cache in self._cache.arrays():
+            self._bind(f"past_{name}", cache)
+            self._bind_output(name, cache.shape, cache)
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._held[name] = array
@@ -171,29 +190,6 @@ class OnnxModel:
         self._binding.bind_output(name, "cpu", 0, np.float32, shape, array.ctypes.data)
 
 
-def session_options(ort: Any, threads: int) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what fails is raised; no need to print it too
-    # Workers that spin on after a run take the cores that the other model's run needs.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
-@contextmanager
-def translated(doing: str) -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions, which share no base of their own, and a want of memory into BackendError."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    kinds: list[type[Exception]] = [
-        kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
-    ]
-    try:
-        yield
-    except Exception as exc:
-        if isinstance(exc, MemoryError) or "bad_alloc" in str(exc):
-            raise BackendError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
-        if not isinstance(exc, (RuntimeError, ValueError, *kinds)):
-            raise
-        raise BackendError(f"ONNX Runtime failed while {doing}: {exc}") from exc
+def _capacity(n_ctx: int) -> int:
+    """Tokens that a cache needs room for: the padding of the last one too."""
+    return n_ctx + MAX_ALIGNMENT - 1

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_spec.backends._cache_limits import check_evicted, check_resized
+from edge_spec.backends._onnx_session import session_options, translated
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
-from edge_spec.backends.onnx import session_options, translated
 from edge_spec.checkpoint.exporter import GraphExport
 from edge_spec.errors import ContextLengthError, UsageError
 from edge_spec.types import Decoded, Logits, ModelSpec
@@ -45,6 +46,7 @@ class PastPresentModel:
             kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
             max_rows=round_up(max_rows, MAX_ALIGNMENT),
             row_alignment=None,
+            can_resize=True,
         )
         with translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
@@ -101,6 +103,17 @@ class PastPresentModel:
         if not 0 <= length <= self._length:
             raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
         self._length = length
+
+    def evict(self, start: int, end: int) -> None:
+        """See `CausalLM.evict`: refused, since how such a graph makes positions count is its own affair."""
+        self._require_open()
+        check_evicted(self._spec, start, end, self._length)
+
+    def resize(self, n_ctx: int) -> None:
+        """See `CausalLM.resize`: only a bound, since the cache is as long as its tokens anyway."""
+        self._require_open()
+        check_resized(self._spec, self._length, n_ctx)
+        self._spec = replace(self._spec, n_ctx=n_ctx)
 
     def align_rows(self, alignment: int | None) -> None:
         """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all."""

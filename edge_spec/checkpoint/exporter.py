@@ -157,7 +157,7 @@ def export_graph(
         shutil.rmtree(whole)
         if shape.n_vocab != n_vocab:
             raise ModelFormatError(
-                f"{checkpoint.path}: its graph gives {shape.n_vocab} logits, and config.json says {n_vocab} (vocab_size)"
+                f"{checkpoint.path}: its graph gives {shape.n_vocab} logits, and the vocab_size of config.json is {n_vocab}"
             )
         config = GraphConfig(
             architecture=checkpoint.model_type,

@@ -1,7 +1,7 @@
 """Turn the float32 graph that optimum writes into one of 4- or 8-bit matrices.
 
-The layout stays: `input_ids`, `attention_mask`, perhaps `position_ids`, and for each layer a past key and value in and a
-present one out. Every product with a constant matrix (MatMul, Gemm) becomes a MatMulNBits in the layout of
+The layout stays: `input_ids`, `attention_mask`, perhaps `position_ids`, and for each layer a past key and value in and
+a present one out. Every product with a constant matrix (MatMul, Gemm) becomes a MatMulNBits in the layout of
 `export.quantize`; embedding tables become float16; where logits come from a product with a constant matrix, only the
 positions that the new input `rows` (int64 [R]) names get any.
 """
@@ -80,7 +80,7 @@ def quantize_graph(
         raise ModelFormatError(f"{source} is not an ONNX graph: {exc}") from exc
     shape = _read_shape(model.graph)
     with weights_file.open("wb") as file:
-        writer = _Writer(model, source.parent, file, weights_file.name, recipe, progress)
+        writer = _Writer(model, source.parent, file, file_name=weights_file.name, recipe=recipe, progress=progress)
         writer.rewrite()
     if not any(opset.domain == _MS for opset in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(_MS, 1))
@@ -124,6 +124,7 @@ class _Writer:
         model: onnx.ModelProto,
         folder: Path,
         file: BinaryIO,
+        *,
         file_name: str,
         recipe: Recipe,
         progress: ByteProgress | None,

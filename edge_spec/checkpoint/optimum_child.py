@@ -32,10 +32,11 @@ def _main(checkpoint: str, folder: str) -> int:
         tasks = TasksManager.get_supported_tasks_for_model_type(
             model_type, exporter="onnx", library_name="transformers"
         )
-        if task not in tasks:
-            raise KeyError(f"{model_type} can be exported, but not as a language model with a cache")
     except (KeyError, ValueError) as exc:
         print(str(exc.args[0] if exc.args else exc).splitlines()[0], file=sys.stderr)
+        return UNKNOWN
+    if task not in tasks:
+        print(f"{model_type} can be exported, but not as a language model with a cache", file=sys.stderr)
         return UNKNOWN
     main_export(
         checkpoint,

@@ -49,12 +49,8 @@ class Book:
 
         `reading_s`: what has to be paid for reading before each draft.
         """
-        costs, mean, tokens = self.costs, self.model.mean, 1.0
-        self.rate = plain = 1 / costs.target_s(1)
-        for n in range(1, max_draft + 1):
-            tokens += mean**n
-            self.rate = max(self.rate, tokens / (costs.target_s(n + 1) + n * costs.draft_s + reading_s))
-        return self.rate > plain
+        self.rate, length = self.costs.best_fixed(self.model.mean, max_draft, reading_s)
+        return length > 0
 
     def worth(self, chances: Sequence[float], extra_s: float = 0.0) -> float:
         """What a step with a draft of such chances (each given the ones before) is worth, in tokens."""
@@ -93,7 +89,7 @@ class Planner(Drafter):
         self._room = max_draft
         self._guesses: list[Draft] = []
         self._guessed_at = 0
-        self._max_length = 0
+        self._prompt_length = self._max_length = 0
 
     @property
     def costs(self) -> Costs:
@@ -105,7 +101,8 @@ class Planner(Drafter):
         self._is_fixed = request.is_repeatable
         self._book = Book(self._fixed) if self._is_fixed else self._learning
         self._book.model.relax()
-        self._guesses, self._max_length = [], request.max_length
+        self._guesses = []
+        self._prompt_length, self._max_length = request.prompt_length, request.max_length
         for copier in self._copiers:
             copier.start(request)
         if self._model is not None:
@@ -121,8 +118,9 @@ class Planner(Drafter):
         self._room = min(max_tokens, self._max_draft)
         model_pays = book.set_rate(self._room if self._model else 0, self._reading_s(context))
         worth, copied = max(map(self._best_beginning, self._guesses), key=lambda valued: valued[0])
-        # By the meaning of the rate, a step that the model drafts is worth about 0.
-        if self._model is None or not model_pays or worth > 0:
+        # The first token waits for no draft model to read the prompt. Later, by the meaning of the rate, a step that
+        # the model drafts is worth about 0.
+        if self._model is None or len(context) == self._prompt_length or not model_pays or worth > 0:
             return copied
         draft = self._model.propose(context, self._room)
         if not self._is_fixed:

@@ -1,7 +1,7 @@
 """Read a safetensors file in place: its header at once, tensor data when it is asked for.
 
-A file is the header's length (8 bytes, little-endian), the header (JSON: name to dtype, shape and offsets), and the data.
-Every number is checked against the rest of the file before it is used. Source: the format's description in the
+A file is the header's length (8 bytes, little-endian), the header (JSON: name to dtype, shape and offsets), and the
+data. Every number is checked against the rest of the file before it is used. Source: the format's description in the
 safetensors project.
 """
 
