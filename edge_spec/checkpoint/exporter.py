@@ -100,6 +100,7 @@ def ensure_graph_export(
     find_python: FindPython,
     *,
     note: Note,
+    threads: int | None = None,
     progress: ByteProgress | None = None,
 ) -> GraphExport:
     """The store's export of a checkpoint by a recipe, made now if there is none that is whole.
@@ -116,7 +117,9 @@ def ensure_graph_export(
                 except ModelFormatError as damage:
                     note(f"making it anew: {damage}")
                     shutil.rmtree(path)
-            return export_graph(checkpoint, sha256, recipe, path, find_python, note=note, progress=progress)
+            return export_graph(
+                checkpoint, sha256, recipe, path, find_python, note=note, threads=threads, progress=progress
+            )
     except OSError as exc:
         raise StorageError(f"the export could not be written below {exports_dir}: {exc}; {REMEDY}") from exc
 
@@ -129,6 +132,7 @@ def export_graph(
     find_python: FindPython,
     *,
     note: Note,
+    threads: int | None = None,
     progress: ByteProgress | None = None,
 ) -> GraphExport:
     """Export a checkpoint into the new folder `path`, which appears whole or not at all.
@@ -153,11 +157,13 @@ def export_graph(
         whole = folder / "optimum"
         whole.mkdir()
         graph = run_optimum(checkpoint, python, whole)
-        shape, weight_bytes = quantize_graph(graph, folder / MODEL, folder / WEIGHTS, recipe, progress)
+        shape, weight_bytes = quantize_graph(
+            graph, folder / MODEL, folder / WEIGHTS, recipe, threads=threads, progress=progress
+        )
         shutil.rmtree(whole)
         if shape.n_vocab != n_vocab:
             raise ModelFormatError(
-                f"{checkpoint.path}: its graph gives {shape.n_vocab} logits, and the vocab_size of config.json is {n_vocab}"
+                f"{checkpoint.path}: its graph gives {shape.n_vocab} logits, and vocab_size says {n_vocab}"
             )
         config = GraphConfig(
             architecture=checkpoint.model_type,

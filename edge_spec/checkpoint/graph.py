@@ -64,7 +64,13 @@ class _Constant:
 
 
 def quantize_graph(
-    source: Path, model_file: Path, weights_file: Path, recipe: Recipe, progress: ByteProgress | None = None
+    source: Path,
+    model_file: Path,
+    weights_file: Path,
+    recipe: Recipe,
+    *,
+    threads: int | None = None,
+    progress: ByteProgress | None = None,
 ) -> tuple[GraphShape, int]:
     """Write the graph of `source` with its matrices as `recipe` says; returns its sizes and the bytes of its matrices.
 
@@ -80,7 +86,9 @@ def quantize_graph(
         raise ModelFormatError(f"{source} is not an ONNX graph: {exc}") from exc
     shape = _read_shape(model.graph)
     with weights_file.open("wb") as file:
-        writer = _Writer(model, source.parent, file, file_name=weights_file.name, recipe=recipe, progress=progress)
+        writer = _Writer(
+            model, source.parent, file, file_name=weights_file.name, recipe=recipe, threads=threads, progress=progress
+        )
         writer.rewrite()
     if not any(opset.domain == _MS for opset in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(_MS, 1))
@@ -127,6 +135,7 @@ class _Writer:
         *,
         file_name: str,
         recipe: Recipe,
+        threads: int | None,
         progress: ByteProgress | None,
     ) -> None:
         import onnx
@@ -137,6 +146,7 @@ class _Writer:
         self.file = file
         self.file_name = file_name
         self.recipe = recipe
+        self.threads = threads or os.cpu_count() or 1
         self.progress = progress
         self.weight_bytes = 0
         self.end = 0
@@ -305,7 +315,7 @@ class _Writer:
                     self.file.write(np.ascontiguousarray(array).data)
                 self._report(4 * k * len(part))
 
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(turn, _chunks(n, k)))
 
     def _carry_over(self, tensor: onnx.TensorProto) -> None:
