@@ -6,7 +6,7 @@ from typing import Any
 
 from edge_spec.checkpoint.folder import TOKENIZER, Checkpoint
 from edge_spec.errors import ModelFormatError
-from edge_spec.tokenizer.huggingface import adds_bos, parse_json, tokens_of
+from edge_spec.tokenizer.huggingface import adds_bos, parse_json, read_json, tokens_of
 from edge_spec.tokenizer.spm import BYTE_NAMES
 from edge_spec.tokenizer.tokenizer import JSON_KEY
 from edge_spec.tokenizer.vocabulary import TokenKind
@@ -23,6 +23,7 @@ def tokenizer_metadata(checkpoint: Checkpoint, n_vocab: int) -> dict[str, Any]:
     text = checkpoint.read_text(TOKENIZER)
     described = parse_json(text)
     listed = tokens_of(described)
+    read_json(text)
     n_tokens = max(listed, default=-1) + 1
     if n_tokens > n_vocab:
         raise ModelFormatError(

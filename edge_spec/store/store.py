@@ -194,6 +194,7 @@ class Store:
                 path = folder / f"{name}.gguf"
                 if folder.exists():
                     self._remove_tree(folder)
+                folder.mkdir(parents=True)
                 try:
                     make(path)
                     sha256 = sha256_of(path)
