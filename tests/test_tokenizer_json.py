@@ -107,7 +107,9 @@ def test_special_tokens_are_cut_out_as_the_library_does(make: Make, kind: str) -
 def test_what_was_encoded_is_decoded(make: Make, kind: str) -> None:
     tokenizer = make(KINDS[kind])
     for text in ["hi hi", "héllo 日本", f"a{END}b", *random_texts(50, seed=9)]:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        # A Metaspace puts no space before one that is there, so the two cannot be told apart.
+        written = text.removeprefix(" ") if kind in ("always", "first") else text
+        assert tokenizer.decode(tokenizer.encode(text)) == written
 
 
 def test_names_of_control_tokens_in_plain_text_stay_plain(make: Make) -> None:
