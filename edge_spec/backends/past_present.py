@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from edge_spec.backends._cache_limits import check_evicted, check_resized
 from edge_spec.backends._onnx_session import session_options, translated
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends.top_k import top_k
 from edge_spec.checkpoint.exporter import GraphExport
 from edge_spec.errors import ContextLengthError, UsageError
-from edge_spec.types import Decoded, Logits, ModelSpec
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 Cache = dict[str, NDArray[np.float32]]
 
@@ -71,7 +72,7 @@ class PastPresentModel:
         """Cached tokens."""
         return self._length
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """See `CausalLM.decode`."""
         self._require_open()
         n, start = len(tokens), self._length
@@ -96,7 +97,7 @@ class PastPresentModel:
         self._cache = dict(zip(self._past_names, present, strict=True))
         self._length = start + n
         picked: Logits = logits[0, :rows] if "rows" in self._inputs else logits[0, n - rows : n]
-        return Decoded(picked)
+        return Decoded(picked) if want is Output.LOGITS else Decoded(picked[:0], top_k(picked))
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length. The next decode copies what is kept."""
