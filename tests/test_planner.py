@@ -11,7 +11,7 @@ from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.session import Session
 from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
 from edge_spec.drafting.acceptance import Acceptance
-from edge_spec.types import Decoded, SamplingParams
+from edge_spec.types import Decoded, Output, SamplingParams
 from tests.fakes import FakeLM
 
 # ---- costs
@@ -123,9 +123,9 @@ class TimedLM(FakeLM):
         super().__init__(**options)  # type: ignore[arg-type]
         self._clock, self._first_s, self._more_s = clock, first_s, more_s
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         self._clock.now += self._first_s + self._more_s * (len(tokens) - 1)
-        return super().decode(tokens, rows=rows)
+        return super().decode(tokens, rows=rows, want=want)
 
 
 @pytest.fixture
