@@ -11,7 +11,7 @@ With `--keep FILE` measurements are kept in a file, and those in it are not made
 changed estimate compared at once.
 
 With `--limits` each cell runs under RLIMIT_DATA, and in a control group where one can be made, set to the estimate and
-its band: it has to finish. At 0.85 of that it may be refused by a typed error, or do with less and say so.
+its band: it has to finish. At 0.85 and 0.6 of that it may be refused by a typed error, or do with less and say so.
 
 Random models are written on first use, beside the store's exports. Linux only.
 """

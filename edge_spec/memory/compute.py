@@ -34,9 +34,12 @@ def onnx_activations(facts: ModelFacts, batch: int) -> int:
 
     The gated network is the widest moment: gate, its sigmoid, up and their product. The arena comes to about twice
     that, since the first pass of a width allocates tensor by tensor, and the next ones in one block. Attention adds
-    nothing that grows with the context: its scores are computed in tiles.
+    nothing that grows with the context: its scores are computed in tiles. Norms of queries and keys take them apart.
     """
-    return round(_ONNX_WIDTHS * facts.n_ff + 2 * facts.hidden) * round_up(batch, MAX_ALIGNMENT) * 4
+    config = facts.config
+    apart = _ONNX_APART * config.qkv_rows if config is not None and config.traits.qk_norm else 0
+    width = round(_ONNX_WIDTHS * facts.n_ff + 2 * facts.hidden) + apart
+    return width * round_up(batch, MAX_ALIGNMENT) * 4
 
 
 def openvino_activations(facts: ModelFacts, batch: int) -> int:
@@ -45,6 +48,7 @@ def openvino_activations(facts: ModelFacts, batch: int) -> int:
 
 
 _ONNX_WIDTHS = 7.6
+_ONNX_APART = 6
 _OPENVINO_WIDTHS = 6.4
 
 
