@@ -261,7 +261,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.reply({{"status": "ok"}})
     def do_POST(self):
-        self.reply({{"asked": json.loads(self.rfile.read(int(self.headers["Content-Length"]))), "options": sys.argv[1:]}})
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.reply({{"asked": asked, "options": sys.argv[1:]}})
     def log_message(self, *_):
         pass
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
