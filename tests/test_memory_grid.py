@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import memory_grid
 import pytest
@@ -125,7 +126,7 @@ class TestFigures:
 class TestOutcomes:
     CELL = Cell(model="m", backend="onnx", n_ctx=128)
 
-    def outcome(self, share: float, exit_code: int = 0, **facts: object) -> Outcome:
+    def outcome(self, share: float, exit_code: int = 0, **facts: Any) -> Outcome:
         return Outcome(self.CELL, "cgroup", share, MIB, Measured(facts=facts, exit_code=exit_code))
 
     def test_a_signal_is_a_kill_at_any_limit(self) -> None:
@@ -143,8 +144,8 @@ class TestOutcomes:
         assert outcome.said == "MemoryBudgetError: too little"
 
     @pytest.mark.parametrize("less", [{"n_ctx": 64}, {"finish_reason": "memory"}])
-    def test_a_run_with_less_is_degraded(self, less: dict[str, object]) -> None:
-        whole = {"stage": "generated", "n_ctx": 128, "draft": None, "finish_reason": "length"}
+    def test_a_run_with_less_is_degraded(self, less: dict[str, Any]) -> None:
+        whole: dict[str, Any] = {"stage": "generated", "n_ctx": 128, "draft": None, "finish_reason": "length"}
         assert self.outcome(1.0, **whole).word == "finished"
         assert self.outcome(1.0, **{**whole, **less}).word == "degraded"
 
