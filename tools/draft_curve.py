@@ -32,7 +32,7 @@ from edge_spec.benchmark.workload import choose, read_workload, sample_workload
 from edge_spec.cores import check_threads
 from edge_spec.errors import EdgeSpecError, UsageError
 from edge_spec.export import Recipe, export_model, open_export
-from edge_spec.export.exporter import is_export
+from edge_spec.export.folder import is_export
 from edge_spec.loading import find_source
 from edge_spec.store import Store
 
