@@ -57,7 +57,6 @@ class _Model:
         n_bytes = runtime.SESSION[self.backend] + runtime.SESSION_PER_LAYER[self.backend] * self.facts.n_layer
         if self.backend == "llama":
             n_bytes += runtime.LLAMA_VOCABULARY_PER_TOKEN * self.facts.n_vocab
-            n_bytes += runtime.LLAMA_VOCABULARY_PER_MERGE * self.facts.merges
         return self.part("session", n_bytes, source=Source.MEASURED)
 
     def embedding(self) -> Component:

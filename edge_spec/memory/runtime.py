@@ -11,27 +11,25 @@ MIB = 1 << 20
 PYTHON = 21 * MIB
 """The interpreter with NumPy and edge_spec's own modules, once `Engine.load` has been imported."""
 
-TEMPLATE = 1 * MIB
+TEMPLATE = 4 * MIB
 """jinja2 and the compiled chat template."""
 
-TOKENIZER = 8 * MIB
-TOKENIZER_PER_TOKEN = 278
-TOKENIZER_PER_MERGE = 130
-"""A byte-level BPE of `tokenizers`, as it counts once a model is loaded: 28 MiB for 49,152 tokens and as many merges,
-68 for 151,936, and 17 for 32,000 with next to none. By itself it is up to 10 MiB more, of which building it leaves a
-part free that is then used again."""
+TOKENIZER = 7 * MIB // 2
+TOKENIZER_PER_TOKEN = 350
+TOKENIZER_PER_MERGE = 145
+"""A byte-level BPE of `tokenizers`, with what it keeps of the words that it has cut: 27 MiB for 49,152 tokens and as
+many merges, 75 for 151,936, 14 for 32,000 with next to none."""
 TOKENIZER_BUILD_PER_TOKEN = 340
 """More of it while it is built; it is built before any weights are loaded."""
 
-LIBRARY = {"onnx": 1 * MIB, "openvino": 30 * MIB, "llama": 4 * MIB}
+LIBRARY = {"onnx": 1 * MIB, "openvino": 30 * MIB, "llama": 3 * MIB}
 """A backend's library itself: relocated data, allocator, thread stacks that were touched."""
 
-SESSION = {"onnx": 4 * MIB, "openvino": 5 * MIB, "llama": 1 * MIB}
-SESSION_PER_LAYER = {"onnx": 160 << 10, "openvino": 200 << 10, "llama": 24 << 10}
+SESSION = {"onnx": 1 * MIB, "openvino": 5 * MIB, "llama": 1 * MIB}
+SESSION_PER_LAYER = {"onnx": 110 << 10, "openvino": 200 << 10, "llama": 24 << 10}
 """The graph of one model inside its library."""
 
-LLAMA_VOCABULARY_PER_TOKEN = 190
-LLAMA_VOCABULARY_PER_MERGE = 65
+LLAMA_VOCABULARY_PER_TOKEN = 215
 """llama.cpp keeps a vocabulary of its own for each model."""
 
 LOOKUP_PER_TOKEN = 330
@@ -43,7 +41,7 @@ HISTORY = 24 * MIB
 REACHED_ROWS = 4096
 """Most rows of a trimmed head that are kept beside it (`backends.trimmed_head`)."""
 
-RESERVED = 96 * MIB
+RESERVED = {"onnx": 64 * MIB, "openvino": 150 * MIB, "llama": 96 * MIB}
 RESERVED_PER_THREAD = 16 * MIB
 """Address space that is set aside, and counted by RLIMIT_DATA, but not touched: stacks, arenas, OpenBLAS's buffers."""
 
