@@ -45,6 +45,7 @@ def generate(
     reference: options.ReferenceOption = None,
     history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
+    kv: options.KvOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
     top_p: options.TopPOption = None,
@@ -90,6 +91,7 @@ def generate(
         threads=threads,
         ctx=ctx,
         no_pad=no_pad,
+        kv=kv,
         history=history,
     )
     with engine:
