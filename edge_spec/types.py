@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import TypeAlias
 
 import numpy as np
@@ -65,11 +65,43 @@ class ModelSpec:
     """Whether the cache can be made anew in another length with its tokens kept."""
 
 
+TOP_K = 64
+"""Tokens in a row of `Output.TOP_K`: drafts are sampled from no more, and the tail is seldom accepted."""
+
+
+class Output(Enum):
+    """What a decode returns for the positions that it was asked for."""
+
+    LOGITS = "logits"
+    """A score for every entry of the vocabulary."""
+    TOP_K = "top_k"
+    """The likeliest tokens and the mass of all: what drafting needs, without a row as long as the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The `TOP_K` likeliest tokens of each position, or as many as there are, the likeliest first.
+
+    The probability of a token is `exp(logits - log_sum)`, of all tokens that the model scores: where its head is
+    trimmed, those that the head keeps or that were made reachable.
+    """
+
+    ids: NDArray[np.int64]
+    """[rows, k], of the vocabulary whatever the head keeps."""
+    logits: Logits
+    """[rows, k], falling."""
+    log_sum: Logits
+    """[rows]: the logarithm of the sum of exp over all scored logits."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Logits of the last `rows` positions of a decode, shape [rows, n_vocab]; a view, valid until the next decode."""
+    """What a decode returns of its last `rows` positions; views, valid until the next decode."""
 
     logits: Logits
+    """[rows, n_vocab]; [0, n_vocab] where `Output.TOP_K` was wanted."""
+    top: TopK | None = None
+    """Set where `Output.TOP_K` was wanted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from edge_spec.backends.onnx import OnnxModel
 from edge_spec.context import ByTurns
 from edge_spec.conversation import Chat
 from edge_spec.errors import ContextLengthError, UsageError
-from edge_spec.types import Decoded
+from edge_spec.types import Decoded, Output
 from tests.fake_engine import Answer, FakeEngine, run
 from tests.tiny_models import write_tiny_gguf
 
@@ -120,9 +120,9 @@ def test_a_turn_after_pruning_reads_at_most_what_moved_and_the_others_what_is_ne
     read: list[int] = []
     original = OnnxModel.decode
 
-    def record(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def record(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         read.append(len(tokens))
-        return original(self, tokens, rows=rows)
+        return original(self, tokens, rows=rows, want=want)
 
     monkeypatch.setattr(OnnxModel, "decode", record)
     engine.reset()

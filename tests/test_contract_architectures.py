@@ -34,4 +34,5 @@ class TestEviction(OnnxModels, ShallowContract):
 
 class TestEvictionFromAQuantizedCache(TestEviction):
     kv = "q8"
-    atol = 0.4  # keys that moved are rounded once more
+    atol = 0.6  # keys that moved are rounded once more
+    alike = 0.99

@@ -20,7 +20,7 @@ from edge_spec.errors import (
     UsageError,
     VocabMismatchError,
 )
-from edge_spec.types import Decoded
+from edge_spec.types import Decoded, Output
 from tests.tiny_models import tiny_vocabulary, write_tiny_gguf
 
 PROMPTS = ("def merge", "list of the list of the list", "Is it sorted? Is it in order?", "ä é 日 🙂")
@@ -58,9 +58,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     passes: list[tuple[str, int]] = []
     original = OnnxModel.decode
 
-    def record(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def record(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         passes.append((self.spec.name, len(tokens)))
-        return original(self, tokens, rows=rows)
+        return original(self, tokens, rows=rows, want=want)
 
     monkeypatch.setattr(OnnxModel, "decode", record)
     return passes

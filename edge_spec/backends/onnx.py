@@ -20,11 +20,12 @@ from edge_spec.backends._contiguous_cache import ContiguousCache
 from edge_spec.backends._quantized_graph import quantized_graph
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.backends.kv_scales import KvScales
+from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import BackendError, ContextLengthError, ModelFormatError, UsageError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, Logits, ModelSpec
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 EMBEDDING = "token_embd.weight"
 
@@ -87,8 +88,10 @@ class OnnxModel:
             )
             self._binding: Any = self._session.io_binding()
             self._run_options = ort.RunOptions()
-            self._logits: Logits = np.full((max_rows, config.n_vocab), -np.inf, np.float32)
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
+            self._logits: Logits = (
+                np.empty((max_rows, config.n_vocab), np.float32) if self._head is None else self._head.logits
+            )
             self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
             self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx), kv_scales)
             if kv_scales is not None:
@@ -105,7 +108,7 @@ class OnnxModel:
         """Cached tokens."""
         return self._length
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """See `CausalLM.decode`."""
         self._require_open()
         n = len(tokens)
@@ -121,16 +124,16 @@ class OnnxModel:
         self._bind("rows", wanted)
         self._bind("seqlens_k", np.array([total - 1], np.int32))
         self._bind("total_sequence_length", np.array(total, np.int32))
-        scored = self._logits if self._head is None else self._head.logits
-        self._bind_output("logits", (1, len(wanted), scored.shape[1]), scored)
+        self._bind_output("logits", (1, len(wanted), self._logits.shape[1]), self._logits)
         if self._head is not None:
             self._bind_output("hidden", (1, len(wanted), self._head.hidden.shape[1]), self._head.hidden)
         with _translated(f"decoding {n} tokens"):
             self._session.run_with_iobinding(self._binding, self._run_options)
         self._length += n
         if self._head is not None:
-            self._head.spread(self._logits, rows)
-        return Decoded(self._logits[:rows])
+            return self._head.read(rows, want)
+        logits = self._logits[:rows]
+        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, at no cost."""

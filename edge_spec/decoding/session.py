@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from edge_spec.backends.base import CausalLM, PaddedRows
 from edge_spec.decoding.prefix import common_prefix
 from edge_spec.errors import ContextLengthError, GenerationCancelled, RollbackUnsupportedError
-from edge_spec.types import Context, Decoded, ModelSpec, Progress
+from edge_spec.types import Context, Decoded, ModelSpec, Output, Progress
 
 PREFILL_CHUNK = 128
 """Tokens read at a time: enough for full speed, few enough that cancelling is felt at once."""
@@ -34,9 +34,15 @@ class Session:
         return self._model.spec
 
     def decode(
-        self, context: Context, *, rows: int = 1, on_progress: Progress | None = None, chunk: int = PREFILL_CHUNK
+        self,
+        context: Context,
+        *,
+        rows: int = 1,
+        want: Output = Output.LOGITS,
+        on_progress: Progress | None = None,
+        chunk: int = PREFILL_CHUNK,
     ) -> Decoded:
-        """Bring the cache to `context` and return the logits of its last `rows` positions, shape [rows, n_vocab].
+        """Bring the cache to `context` and return what is wanted of its last `rows` positions: see `CausalLM.decode`.
 
         Reads only what the cache does not hold, `chunk` tokens at a time, calling `on_progress(read, to_read)` after
         each; at least the last `rows` tokens are read again. `1 <= rows <= min(len(context), spec.max_rows)`.
@@ -55,10 +61,10 @@ class Session:
         while len(sequence) - position > chunk:
             # What is left over for the last read must hold all the rows.
             stop = min(position + chunk, len(sequence) - rows)
-            self._append(sequence[position:stop], 0)
+            self._append(sequence[position:stop], 0, want)
             position = stop
             _report(on_progress, position - start, len(sequence) - start)
-        decoded = self._append(sequence[position:], rows)
+        decoded = self._append(sequence[position:], rows, want)
         _report(on_progress, len(sequence) - start, len(sequence) - start)
         return decoded
 
@@ -114,11 +120,11 @@ class Session:
         self._cached = [] if cached is None else cached[:length]
         return length
 
-    def _append(self, tokens: list[int], rows: int) -> Decoded:
+    def _append(self, tokens: list[int], rows: int, want: Output) -> Decoded:
         # The cache counts as unknown while the backend works, so that whatever interrupts it leaves no false belief.
         cached, self._cached = self._cached, None
         assert cached is not None
-        decoded = self._model.decode(tokens, rows=rows)
+        decoded = self._model.decode(tokens, rows=rows, want=want)
         cached += tokens
         self._cached = cached
         return decoded

@@ -32,6 +32,11 @@ _PROFITING_TOKENS, _TOKENS_PER_STEP = 256, 3
 """What the model reads now is taken to serve the next so many tokens, in steps of so many."""
 
 
+_WRITTEN, _UNCOPIED = 16, 12
+"""What a generation starts from: of so many tokens, so many are not copied. Only those profit from what the model has
+read."""
+
+
 class Book:
     """What was learnt: costs and chances."""
 
@@ -90,6 +95,7 @@ class Planner(Drafter):
         self._guesses: list[Draft] = []
         self._guessed_at = 0
         self._prompt_length = self._max_length = 0
+        self._written, self._uncopied = _WRITTEN, _UNCOPIED
 
     @property
     def costs(self) -> Costs:
@@ -102,6 +108,7 @@ class Planner(Drafter):
         self._book = Book(self._fixed) if self._is_fixed else self._learning
         self._book.model.relax()
         self._guesses = []
+        self._written, self._uncopied = _WRITTEN, _UNCOPIED
         self._prompt_length, self._max_length = request.prompt_length, request.max_length
         for copier in self._copiers:
             copier.start(request)
@@ -131,6 +138,9 @@ class Planner(Drafter):
     def observe(self, context: Context, draft: Draft, verdict: Verdict, target_s: float | None) -> None:  # noqa: ARG002
         """Learn what became of the draft and what the pass cost."""
         book = self._book
+        written = verdict.num_accepted + 1
+        self._written += written
+        self._uncopied += 0 if draft.source in book.copies else written
         if draft.source == ModelDrafter.name:
             book.model.observe_draft(draft.confidence, verdict.num_accepted)
         if target_s is None or self._is_fixed:
@@ -174,7 +184,8 @@ class Planner(Drafter):
             return 0.0
         unread = max(0, self._model.session.count_unread(context) - 2)
         tokens_left = min(self._max_length - len(context), _PROFITING_TOKENS)
-        return unread * self._book.costs.read_s / max(1.0, tokens_left / _TOKENS_PER_STEP)
+        profiting = tokens_left * self._uncopied / self._written
+        return unread * self._book.costs.read_s / max(1.0, profiting / _TOKENS_PER_STEP)
 
     def _best_beginning(self, draft: Draft) -> tuple[float, Draft]:
         """What as much of a copied draft as is worth its rows is worth, by this book, and that much of it."""
