@@ -93,6 +93,8 @@ class Export:
 def open_export(path: Path) -> Export:
     """Read an export's description and check that its files are whole; ModelFormatError says what is wrong."""
     described = read_description(path)
+    if "layout" in described:
+        raise ModelFormatError(f"{path} is an export of a checkpoint, with a graph that optimum built")
     try:
         check_files(path, described, EXPORTER_VERSION)
         return Export(
