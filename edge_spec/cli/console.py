@@ -17,6 +17,7 @@ from edge_spec.types import Progress
 
 FAILED = 1
 BAD_USAGE = 2
+DOES_NOT_FIT = 3
 INTERRUPTED = 130
 _PLAIN_EVERY_S = 5.0
 

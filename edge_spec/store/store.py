@@ -133,6 +133,10 @@ class Store:
         """Every pair that is known."""
         return list(self._catalogue.pairs.values())
 
+    def weights(self, name: str) -> Weights | None:
+        """What the manifest of this name says, None if there is none."""
+        return self._catalogue.weights.get(name)
+
     def expand(self, name: str) -> list[str]:
         """The models that a name stands for: both of a pair, else the name itself."""
         pair = self._catalogue.pairs.get(name)
