@@ -34,7 +34,7 @@ def make_drafters(models: OpenedModels, past: PastAnswers | None, draft_tokens: 
     target = models.target.model.spec
     model = None
     if models.draft is not None:
-        model = ModelDrafter(Session(models.draft.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
+        model = ModelDrafter(Session(models.draft.model, exact=False), draft_tokens=draft_tokens or DRAFT_TOKENS)
     drafters: dict[str, Drafter] = {
         "none": NoDrafter(),
         "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),

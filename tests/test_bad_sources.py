@@ -57,7 +57,7 @@ def assert_refused(source: Path, folder: Path, error: type[EdgeSpecError], says:
         with pytest.raises(error, match=says):
             ensure_export(source, SHA, RECIPES[recipe], folder / "store")
     assert not (folder / "out").exists()
-    assert not [path for path in (folder / "store").rglob("*") if path.name != "lock" and path.name != SHA]
+    assert not [path for path in (folder / "store").rglob("*") if path.name not in ("lock", SHA)]
 
 
 PARTS = ["token_embd", "output", "output_norm"] + [
@@ -148,7 +148,7 @@ def test_a_disk_that_fills_up_between_two_writes_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporter, "write_subset", full)
-    with pytest.raises(EdgeSpecError, match="No space left on device.*EDGE_SPEC_HOME"):
+    with pytest.raises(EdgeSpecError, match=r"No space left on device.*EDGE_SPEC_HOME"):
         ensure_export(tiny, SHA, RECIPES["int4"], tmp_path)
     assert [path.name for path in (tmp_path / SHA).iterdir()] == ["lock"]
     shutil.rmtree(tmp_path / SHA)
