@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,14 +38,14 @@ def names_in(path: Path) -> list[str]:
 def rewrite(source: Path, path: Path, changed: dict[str, NewTensor | None]) -> Path:
     """`source` with some tensors in another form, or (None) left out."""
     with GGUFFile(source) as gguf:
-        metadata = {"general.architecture": gguf.architecture}
+        metadata: dict[str, Any] = {"general.architecture": gguf.architecture}
         for key in gguf.metadata:
             if isinstance(gguf.metadata[key], int | float | str) and key != "general.architecture":
                 metadata[key] = gguf.metadata[key]
         metadata["tokenizer.ggml.tokens"] = gguf.get_strings("tokenizer.ggml.tokens")
         metadata["tokenizer.ggml.merges"] = gguf.get_strings("tokenizer.ggml.merges")
         tensors = [
-            changed.get(name, NewTensor(name, info.type, info.shape, lambda name=name: gguf.raw(name)))
+            changed.get(name, NewTensor(name, info.type, info.shape, partial(gguf.raw, name)))
             for name, info in gguf.tensors.items()
         ]
         write_gguf(path, metadata, [tensor for tensor in tensors if tensor is not None])
