@@ -131,6 +131,12 @@ def test_a_graph_of_another_layout_is_refused_by_what_it_lacks(graph: Path, tmp_
         quantize_graph(tmp_path / "model.onnx", tmp_path / "out", tmp_path / "weights", RECIPES["int4"])
 
 
+@pytest.mark.parametrize("recipe", ["exact", "draft"])
+def test_a_recipe_that_takes_a_gguf_is_refused(recipe: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"the recipe {recipe} takes a GGUF"):
+        export(checkpoint, tmp_path / "out", recipe)
+
+
 # The store
 
 
