@@ -7,7 +7,7 @@ from edge_spec.decoding.history import History
 from edge_spec.decoding.session import Session
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter, Row, known_part
-from edge_spec.types import TopK
+from edge_spec.types import Context, Draft, TopK
 
 _SURE = 3
 """Tokens that have to match before more than one is guessed."""
@@ -34,8 +34,12 @@ class CascadeDrafter(ModelDrafter):
     def start(self, request: Request) -> None:
         """See `ModelDrafter`."""
         super().start(request)
-        self._guessed, self._top = [], None
         self._lookup.start(request)
+
+    def propose(self, context: Context, max_tokens: int) -> Draft:
+        """See `ModelDrafter`."""
+        self._top = None  # what was drafted last may have been rejected, and the rows behind it with it
+        return super().propose(context, max_tokens)
 
     def close(self) -> None:
         """Close the draft model, and forget the index."""
