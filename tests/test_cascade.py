@@ -41,8 +41,10 @@ def test_a_cascade_drafts_what_the_model_alone_drafts(sampling: SamplingParams, 
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_behind_a_rejected_token_are_not_used(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    model = FakeLM(n_vocab=4, n_ctx=300, order=3, seed=seed)
-    cascade, alone = CascadeDrafter(Session(model), draft_tokens=5), ModelDrafter(Session(model), draft_tokens=5)
+    cascade, alone = (
+        kind(Session(FakeLM(n_vocab=4, n_ctx=300, order=3, seed=seed)), draft_tokens=5)
+        for kind in (CascadeDrafter, ModelDrafter)
+    )
     context = [int(token) for token in rng.integers(0, 4, 20)]
     for drafter in (cascade, alone):
         drafter.start(request(GREEDY, n_vocab=4, prompt_length=20))
