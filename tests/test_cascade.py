@@ -15,9 +15,9 @@ from tests.test_drafting import request
 GREEDY, SAMPLED = SamplingParams(), SamplingParams(temperature=0.9, top_k=4, presence_penalty=0.3)
 
 
-def fake(**options: int) -> FakeLM:
+def fake(seed: int = 0) -> FakeLM:
     """Follows the last token alone, so that its greedy text soon repeats and can be looked up."""
-    return FakeLM(n_vocab=8, n_ctx=200, order=1, **options)
+    return FakeLM(n_vocab=8, n_ctx=200, order=1, seed=seed)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
