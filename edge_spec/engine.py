@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -17,7 +18,10 @@ from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter, PastAnswers
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, GenerationOptions, Stream, make_result
+from edge_spec.ladder import make_governor
 from edge_spec.loading import Source, StageProgress
+from edge_spec.memory.budget import machine_budget
+from edge_spec.memory.governor import Governor
 from edge_spec.opening import (
     DRAFTERS,
     NO_HISTORY,
@@ -46,6 +50,7 @@ class Engine:
         drafters: dict[str, Drafter],
         kept: KeptCosts,
         *,
+        governor: Governor,
         default: str,
         past: PastAnswers | None = None,
     ) -> None:
@@ -53,6 +58,7 @@ class Engine:
         self._source = source
         self._target = target
         self._drafters = drafters
+        self._governor = governor
         self._default = default
         self._past = past
         self._references = References(source.tokenizer)
@@ -113,16 +119,19 @@ class Engine:
             pad_rows=pad_rows,
             history=history,
         )
+        budget = machine_budget()
         request = resolve(options, store)
         models = open_models(request, store, on_progress)
         past = past_answers(store, request.source.tokenizer) if history else None
         drafters = make_drafters(models, past, draft_tokens)
+        session = Session(models.target.model)
         return cls(
             _describe(request, models, drafter, perf_counter() - started),
             request.source,
-            Session(models.target.model),
+            session,
             drafters,
             KeptCosts.of(request, models, store),
+            governor=make_governor(budget, session, drafters),
             default=drafter,
             past=past,
         )
@@ -234,13 +243,15 @@ class Engine:
         on_progress: Progress | None = None,
         done: Callable[[GenerationResult], None] | None = None,
     ) -> Stream:
-        tokenizer, info = self._source.tokenizer, self.info
+        tokenizer, governor = self._source.tokenizer, self._governor
         decoder = SpeculativeDecoder(self._target, self._choose_drafter(drafter, reference))
         references = self._references.ids(reference)
         refused = self._target.num_refused_rollbacks
 
         def finish(stream: Stream) -> GenerationResult:
+            info = replace(self.info, n_ctx=self._target.spec.n_ctx)  # which the governor may have made smaller
             result = make_result(stream, prompt_tokens=len(prompt_ids), info=info)
+            result.notes.extend(governor.notes)
             if self._target.num_refused_rollbacks > refused:
                 result.notes.append("the backend could not drop tokens from its cache, so the context was read again")
             self._remember(result)
@@ -248,6 +259,7 @@ class Engine:
                 done(result)
             return result
 
+        governor.begin()
         return Stream(
             lambda cancelled: decoder.generate(
                 prompt_ids,
@@ -257,6 +269,7 @@ class Engine:
                 references=references,
                 cancelled=cancelled,
                 on_progress=on_progress,
+                supervisor=governor,
             ),
             decoder,
             tokenizer.stream(previous=prompt_ids[-1] if prompt_ids else None),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.backends.trimmed_head import TrimmedHead
-from edge_spec.errors import BackendError, ContextLengthError, ModelFormatError, UsageError
+from edge_spec.errors import BackendError, BackendMemoryError, ContextLengthError, ModelFormatError, UsageError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec
@@ -193,7 +193,7 @@ def _translated(doing: str) -> Iterator[None]:
         yield
     except Exception as exc:
         if isinstance(exc, MemoryError) or "bad_alloc" in str(exc):
-            raise BackendError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
+            raise BackendMemoryError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
         if not isinstance(exc, (RuntimeError, ValueError, *kinds)):
             raise
         raise BackendError(f"ONNX Runtime failed while {doing}: {exc}") from exc

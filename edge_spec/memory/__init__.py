@@ -1,0 +1,1 @@
+"""Memory, counted before anything is loaded, and watched while it runs."""
