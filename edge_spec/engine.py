@@ -131,7 +131,7 @@ class Engine:
             session,
             drafters,
             KeptCosts.of(request, models, store),
-            governor=make_governor(budget, session, drafters),
+            governor=make_governor(budget, drafters),
             default=drafter,
             past=past,
         )

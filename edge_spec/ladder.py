@@ -14,15 +14,15 @@ from edge_spec.memory.process import ProcessMemory, process_memory, release_free
 from edge_spec.sizes import format_size
 
 
-def make_governor(budget: Budget, target: Session, drafters: Mapping[str, Drafter]) -> Governor:
+def make_governor(budget: Budget, drafters: Mapping[str, Drafter]) -> Governor:
     """What keeps a target and its draft within `budget`, and out of the way when the machine runs short."""
     model = drafters.get("model")
-    rungs = make_rungs(target, model if isinstance(model, ModelDrafter) else None)
+    rungs = make_rungs(model if isinstance(model, ModelDrafter) else None)
     return Governor(OwnMemory(budget), machine_signals(), rungs)
 
 
-def make_rungs(target: Session, model: ModelDrafter | None, memory: ProcessMemory | None = None) -> list[Rung]:
-    """The rungs for a target and its draft: unload the draft, then make the cache as small as the text allows."""
+def make_rungs(model: ModelDrafter | None, memory: ProcessMemory | None = None) -> list[Rung]:
+    """The rungs, mildest first: unload the draft."""
     measured = _Measured(memory or process_memory())
     rungs: list[Rung] = []
     if model is not None:

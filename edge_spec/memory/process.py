@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,13 +39,13 @@ class LinuxMemory:
     """From /proc/self/statm, whose file stays open: a reading costs a few microseconds."""
 
     def __init__(self, proc: Path = PROC) -> None:
-        self._file = (proc / "self/statm").open("rb", buffering=0)
+        self._file = os.open(proc / "self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
         self._page_bytes = os.sysconf("SC_PAGE_SIZE")
 
     def read(self) -> Usage:
         """See `ProcessMemory.read`; shared pages count as those of files."""
-        self._file.seek(0)
-        _, resident, shared, *_ = self._file.read(256).split()
+        _, resident, shared, *_ = os.pread(self._file, 256, 0).split()
         pages = int(resident)
         return Usage((pages - int(shared)) * self._page_bytes, pages * self._page_bytes)
 
