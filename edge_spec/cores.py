@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 from edge_spec.errors import UsageError
@@ -26,6 +27,22 @@ def check_threads(threads: int | None) -> int:
     if not 1 <= threads <= most:
         raise UsageError(f"threads={threads}: from 1 to {most}, the processors of this machine")
     return threads
+
+
+def processor_features() -> frozenset[str]:
+    """The processor's extensions by their Linux names (avx2, avx512f, asimddp, ...).
+
+    Where the system does not list them, what practically all machines of its kind have.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, listed = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(listed.split())
+    return frozenset({"avx2"} if platform.machine().lower() in ("x86_64", "amd64") else {"asimddp", "i8mm"})
 
 
 def _quota(default: int) -> int:

@@ -12,7 +12,7 @@ from edge_spec.export.architecture import DecoderConfig, tensor_shapes
 from edge_spec.export.graph import HEAD, Span, StoredMatrix
 from edge_spec.export.quantize import EXACT_BITS, EXACT_BLOCK
 from edge_spec.export.recipe import Recipe
-from edge_spec.formats.gguf import GGUFFile, TensorInfo
+from edge_spec.formats.gguf import TensorInfo, TensorTable
 
 ALIGNMENT = 4096
 """Initializers start on pages, so that mapping one maps nothing of its neighbours."""
@@ -55,7 +55,7 @@ class Layout:
 
 
 def plan_layout(
-    gguf: GGUFFile, config: DecoderConfig, recipe: Recipe, head_ids: NDArray[np.int64] | None = None
+    source: TensorTable, config: DecoderConfig, recipe: Recipe, head_ids: NDArray[np.int64] | None = None
 ) -> Layout:
     """Give every projection of the decoder its place; parts that are stored alike are fused.
 
@@ -64,7 +64,7 @@ def plan_layout(
     matrices: dict[str, list[StoredMatrix]] = {}
     jobs: list[Job] = []
     end = 0
-    for name, tensors in _projections(gguf, config):
+    for name, tensors in _projections(source, config):
         matrices[name] = []
         for bits, block, exact, group in _fuse(tensors, recipe):
             picked = head_ids if name == HEAD else None
@@ -86,19 +86,19 @@ def plan_layout(
     return Layout(matrices, jobs, end)
 
 
-def _projections(gguf: GGUFFile, config: DecoderConfig) -> Iterator[tuple[str, list[TensorInfo]]]:
+def _projections(source: TensorTable, config: DecoderConfig) -> Iterator[tuple[str, list[TensorInfo]]]:
     """Names of the graph's projections with the source tensors of each."""
     fusable = {} if config.traits.fused_inputs else FUSED
     parts = {part for group in fusable.values() for part in group}
     for layer in range(config.n_layer):
         block = f"blk.{layer}."
         for fused, names in fusable.items():
-            yield block + fused, [gguf.tensors[f"{block}{name}.weight"] for name in names]
+            yield block + fused, [source.tensors[f"{block}{name}.weight"] for name in names]
         for name, shape in tensor_shapes(config).items():
             stem = name.removeprefix(block).removesuffix(".weight")
             if name.startswith(block) and len(shape) == 2 and stem not in parts:
-                yield block + stem, [gguf.tensors[name]]
-    yield HEAD, [gguf.tensors[config.head_tensor]]
+                yield block + stem, [source.tensors[name]]
+    yield HEAD, [source.tensors[config.head_tensor]]
 
 
 def _fuse(tensors: list[TensorInfo], recipe: Recipe) -> Iterator[tuple[int, int, bool, list[TensorInfo]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_spec.errors import UsageError
-from edge_spec.formats.gguf import GGUFFile
+from edge_spec.formats.gguf import TensorTable
 
 BLOCKS = (256, 128, 64, 32, 16)
 """Block sizes that MatMulNBits takes, largest first."""
@@ -62,11 +62,11 @@ def find_recipe(name: str) -> Recipe:
         raise UsageError(f"no recipe {name!r}; there are {', '.join(RECIPES)}") from None
 
 
-def default_recipe(gguf: GGUFFile) -> Recipe:
+def default_recipe(source: TensorTable) -> Recipe:
     """4 bits for a source of up to 6 bits a weight, else 8, so that a careful quantisation is not thrown away.
 
     Counted over the layers' matrices: in a small model the embedding, often stored finer, would hide what they are.
     """
-    matrices = [t for name, t in gguf.tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
+    matrices = [t for name, t in source.tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
     bits = 8 * sum(t.n_bytes for t in matrices) / max(1, sum(t.n_elements for t in matrices))
     return RECIPES["int4" if bits <= 6 else "int8"]

@@ -21,11 +21,22 @@ _LEAST_SAVED = 1 / 8
 
 def head_ids(gguf: GGUFFile, n_vocab: int, head_rows: int) -> NDArray[np.int64] | None:
     """Ids that a head of about `head_rows` rows keeps, increasing; None where it should be left whole."""
+    return kept_ids(marked_ids(gguf), n_vocab, head_rows) if head_rows else None
+
+
+def marked_ids(gguf: GGUFFile) -> NDArray[np.int64]:
+    """Ids of the tokens that a trimmed head keeps wherever they stand: control tokens and those of the model's user."""
+    if "tokenizer.ggml.token_type" not in gguf.metadata:
+        return np.empty(0, np.int64)
+    types = gguf.get_array("tokenizer.ggml.token_type")
+    return np.flatnonzero((types == _CONTROL) | (types == _USER_DEFINED))
+
+
+def kept_ids(marked: NDArray[np.int64], n_vocab: int, head_rows: int) -> NDArray[np.int64] | None:
+    """The first `head_rows` ids and the marked ones, increasing; None where the head should be left whole."""
     if not head_rows:
         return None
     kept = np.arange(n_vocab) < head_rows
-    if "tokenizer.ggml.token_type" in gguf.metadata:
-        types = gguf.get_array("tokenizer.ggml.token_type")[:n_vocab]
-        kept[: len(types)] |= (types == _CONTROL) | (types == _USER_DEFINED)
+    kept[marked[marked < n_vocab]] = True
     ids = np.flatnonzero(kept)
     return None if len(ids) > n_vocab * (1 - _LEAST_SAVED) else ids

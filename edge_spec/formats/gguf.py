@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError, ModelNotFoundError, UnsupportedArchitectureError
 from edge_spec.formats.ggml import GGMLType
-from edge_spec.formats.gguf_header import HeaderError, TensorInfo, read_header
+from edge_spec.formats.gguf_header import HeaderError, TensorInfo, TensorTable, read_header
 from edge_spec.formats.gguf_values import GGUFArray, Value, ValueType
 
-__all__ = ["GGMLType", "GGUFArray", "GGUFFile", "TensorInfo", "Value", "ValueType"]
+__all__ = ["GGMLType", "GGUFArray", "GGUFFile", "TensorInfo", "TensorTable", "Value", "ValueType"]
 
 T = TypeVar("T")
 

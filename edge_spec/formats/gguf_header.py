@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from mmap import mmap
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -62,6 +62,15 @@ class TensorInfo:
     def row_bytes(self) -> int:
         """Bytes of one row (the last axis)."""
         return self.shape[-1] // self.type.block_size * self.type.type_size
+
+
+class TensorTable(Protocol):
+    """Whatever lists a model's tensors: an open file, or what was read of one."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Tensors by name."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

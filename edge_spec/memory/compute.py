@@ -1,0 +1,63 @@
+"""Buffers of a pass: activations, scores, logits, rotary tables; float32 unless said otherwise."""
+
+from __future__ import annotations
+
+from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
+from edge_spec.memory.facts import ModelFacts
+from edge_spec.memory.kv import cells
+
+LLAMA_UBATCH = 512
+"""Tokens that `backends.llama` lets llama.cpp plan a pass for."""
+
+
+def logits_bytes(n_vocab: int, max_rows: int) -> int:
+    """Logits of the rows that a decode may return, over the whole vocabulary."""
+    return round_up(max_rows, MAX_ALIGNMENT) * n_vocab * 4
+
+
+def trimmed_head_bytes(facts: ModelFacts, rows: int, max_rows: int, reached: int) -> int:
+    """What scores a trimmed head's rows and spreads them: logits, hidden states, rows of tokens that were reached."""
+    per_row = (rows + facts.hidden) * 4
+    return round_up(max_rows, MAX_ALIGNMENT) * per_row + rows * 8 + facts.n_vocab + reached * (facts.hidden * 4 + 8)
+
+
+def rope_bytes(facts: ModelFacts, n_ctx: int) -> int:
+    """Cosines and sines of every position that the cache has room for, as ONNX Runtime's attention takes them."""
+    if facts.config is None:
+        return 0
+    tables = len(facts.config.rope_names)
+    return tables * cells(n_ctx, "onnx") * (facts.config.rope_dim // 2) * 4
+
+
+def onnx_activations(facts: ModelFacts, n_ctx: int, batch: int) -> int:
+    """Activations of a pass of `batch` tokens in ONNX Runtime's arena.
+
+    The widest moment is the gated network (gate, its sigmoid, up, their product) or attention: queries, keys and
+    values, and the scores of every head over the whole cache.
+    """
+    n = round_up(batch, MAX_ALIGNMENT)
+    streams = 4 * facts.hidden
+    network = 4 * facts.n_ff + streams
+    config = facts.config
+    qkv = config.qkv_rows if config else 3 * facts.hidden
+    attention = facts.n_head * cells(n_ctx, "onnx") + 2 * qkv + streams
+    return n * 4 * (network + attention)
+
+
+def llama_buffers(facts: ModelFacts, n_ctx: int, batch: int, max_rows: int) -> tuple[int, int]:
+    """llama.cpp's compute buffer as it is allocated, and how much of it passes of `batch` tokens touch.
+
+    Planned for passes of up to 512 tokens: three widths of the feed-forward network and four of the residual stream a
+    token, and the attention mask, float16; or the logits, if they are more. Equal to the size in llama.cpp's log for
+    dense models with flash attention.
+    """
+    ubatch = min(LLAMA_UBATCH, n_ctx)
+    context = cells(n_ctx, "llama")
+
+    def planned(n: int) -> int:
+        network = n * 4 * (3 * facts.n_ff + 4 * facts.hidden)
+        head = max_rows * 4 * (facts.n_vocab + facts.hidden)
+        return max(network, head) + context * round_up(n, 64) * 2
+
+    allocated = planned(ubatch)
+    return allocated, min(allocated, planned(min(batch, ubatch)))

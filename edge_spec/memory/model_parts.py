@@ -1,0 +1,146 @@
+"""The parts of one model on one backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edge_spec.backends.alignment import MAX_ALIGNMENT
+from edge_spec.errors import UsageError
+from edge_spec.export.graph import StoredMatrix
+from edge_spec.export.recipe import Recipe
+from edge_spec.memory import compute, runtime
+from edge_spec.memory.facts import ModelFacts, Origin
+from edge_spec.memory.kv import cache_bytes, find_kv_type, state_bytes
+from edge_spec.memory.parts import Component, Owner, Settings, Source
+from edge_spec.memory.weights import head_rows, llama_weights, onnx_weights, openvino_weights, stored_matrices
+
+
+def model_parts(
+    owner: Owner, backend: str, facts: ModelFacts, settings: Settings, recipe: Recipe | None
+) -> list[Component]:
+    """What `facts` holds on `backend`. `recipe`: how its export is stored, None for the default or a finished one."""
+    kinds: dict[str, Callable[[_Model], list[Component]]] = {
+        "onnx": _onnx_parts,
+        "openvino": _openvino_parts,
+        "llama": _llama_parts,
+    }
+    return kinds[backend](_Model(owner, backend, facts, settings, recipe))
+
+
+class _Model:
+    """One model with what its parts have in common."""
+
+    def __init__(
+        self, owner: Owner, backend: str, facts: ModelFacts, settings: Settings, recipe: Recipe | None
+    ) -> None:
+        self.owner = owner
+        self.backend = backend
+        self.facts = facts
+        self.settings = settings
+        self.recipe = recipe
+
+    def part(self, name: str, committed: int = 0, **fields: int | bool | Source) -> Component:
+        return Component(owner=self.owner, name=name, committed_bytes=committed, **fields)  # type: ignore[arg-type]
+
+    def matrices(self) -> tuple[StoredMatrix, ...]:
+        return stored_matrices(self.facts, self.recipe)
+
+    def cache(self) -> Component:
+        settings = self.settings
+        kv = find_kv_type(settings.kv, self.backend)
+        n_bytes = cache_bytes(
+            self.facts, settings.n_ctx, self.backend, kv, full_windows=settings.full_windows, batch=settings.batch
+        )
+        return self.part("cache", n_bytes, grows=True)
+
+    def library(self) -> Component:
+        n_bytes = runtime.SESSION[self.backend] + runtime.SESSION_PER_LAYER[self.backend] * self.facts.n_layer
+        if self.backend == "llama":
+            n_bytes += runtime.LLAMA_VOCABULARY_PER_TOKEN * self.facts.n_vocab
+        return self.part("session", n_bytes, source=Source.MEASURED)
+
+    def embedding(self) -> Component:
+        """The table stays in the mapped GGUF; a pass dequantises the rows of its tokens."""
+        table, batch = self.facts.embedding, self.settings.batch + MAX_ALIGNMENT
+        return self.part(
+            "embedding", 3 * batch * self.facts.hidden * 4, mapped_bytes=table.n_bytes, touched_bytes=table.row_bytes
+        )
+
+    def logits(self, matrices: tuple[StoredMatrix, ...]) -> Component:
+        facts, rows = self.facts, head_rows(self.facts, matrices)
+        n_bytes = compute.logits_bytes(facts.n_vocab, self.settings.max_rows)
+        if rows < facts.n_vocab:
+            n_bytes += compute.trimmed_head_bytes(facts, rows, self.settings.max_rows, runtime.REACHED_ROWS)
+        return self.part("logits", n_bytes)
+
+
+def _onnx_parts(model: _Model) -> list[Component]:
+    facts, settings = model.facts, model.settings
+    matrices = model.matrices()
+    weights = onnx_weights(matrices, settings.machine)
+    return [
+        model.part(
+            "weights",
+            weights.anonymous,
+            mapped_bytes=weights.mapped,
+            touched_bytes=weights.touched,
+            load_bytes=_export_bytes(facts, settings),
+        ),
+        model.cache(),
+        model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx), grows=True),
+        model.part("compute buffers", compute.onnx_activations(facts, settings.n_ctx, settings.batch), grows=True),
+        model.logits(matrices),
+        model.embedding(),
+        model.library(),
+    ]
+
+
+def _openvino_parts(model: _Model) -> list[Component]:
+    facts, settings = model.facts, model.settings
+    if facts.config is not None:
+        from edge_spec.backends._openvino_limits import check_expressible
+
+        check_expressible(facts.config, facts.name, settings.n_ctx)
+    matrices = model.matrices()
+    weights = openvino_weights(matrices)
+    return [
+        model.part(
+            "weights",
+            weights.anonymous,
+            mapped_bytes=weights.mapped,
+            load_bytes=_export_bytes(facts, settings),
+        ),
+        model.cache(),
+        model.part("rotary tables", 2 * compute.rope_bytes(facts, settings.n_ctx), grows=True),
+        model.part("compute buffers", compute.onnx_activations(facts, settings.n_ctx, settings.batch), grows=True),
+        model.logits(matrices),
+        model.embedding(),
+        model.library(),
+    ]
+
+
+def _llama_parts(model: _Model) -> list[Component]:
+    facts, settings = model.facts, model.settings
+    if facts.origin is Origin.EXPORT:
+        raise UsageError(f"{facts.name} is an export; the llama backend runs GGUF files")
+    weights = llama_weights(facts, settings.machine, settings.cpu_features)
+    allocated, touched = compute.llama_buffers(facts, settings.n_ctx, settings.batch, settings.max_rows)
+    parts = [
+        model.part("weights", weights.anonymous, mapped_bytes=weights.mapped, touched_bytes=weights.touched),
+        model.cache(),
+        model.part("compute buffers", touched, reserved_bytes=allocated - touched),
+        model.part("logits", settings.max_rows * facts.n_vocab * 4),
+        model.library(),
+    ]
+    if facts.is_recurrent:
+        parts.append(model.part("recurrent state", state_bytes(facts)))
+    return parts
+
+
+def _export_bytes(facts: ModelFacts, settings: Settings) -> int:
+    """Memory for the moment that a model is exported, before it is loaded: each thread turns a chunk at a time."""
+    from edge_spec.export.exporter import CHUNK_WEIGHTS
+
+    if facts.origin is Origin.EXPORT:
+        return 0
+    return runtime.EXPORTER + settings.threads * CHUNK_WEIGHTS * runtime.EXPORT_BYTES_PER_WEIGHT

@@ -1,0 +1,51 @@
+"""What the process holds besides the models: interpreter, libraries, tokenizer, look-up indexes.
+
+These are measurements, not formulas: anonymous bytes at the points named, CPython 3.11, Linux, 64 bits, ONNX Runtime
+1.31, llama.cpp as of llama-cpp-python 0.3.36, OpenVINO 2026.4. `python -m tools.memory_grid` measures the sums again.
+"""
+
+from __future__ import annotations
+
+MIB = 1 << 20
+
+PYTHON = 22 * MIB
+"""The interpreter with NumPy and edge_spec's own modules, once `Engine.load` has been imported."""
+
+TEMPLATE = 4 * MIB
+"""jinja2 and the compiled chat template."""
+
+TOKENIZER = 4 * MIB
+TOKENIZER_PER_TOKEN = 500
+"""A byte-level BPE of `tokenizers` with its merges: 27 MiB for 49,152 tokens, 76 for 151,936."""
+TOKENIZER_BUILD_PER_TOKEN = 340
+"""More of it while it is built; it is built before any weights are loaded."""
+
+LIBRARY = {"onnx": 2 * MIB, "openvino": 30 * MIB, "llama": 3 * MIB}
+"""A backend's library itself: relocated data, allocator, thread stacks that were touched."""
+
+SESSION = {"onnx": 2 * MIB, "openvino": 8 * MIB, "llama": 1 * MIB}
+SESSION_PER_LAYER = {"onnx": 220 << 10, "openvino": 400 << 10, "llama": 24 << 10}
+"""The graph of one model inside its library."""
+
+LLAMA_VOCABULARY_PER_TOKEN = 215
+"""llama.cpp keeps a vocabulary of its own for each model."""
+
+LOOKUP_PER_TOKEN = 330
+"""The index of the text so far (`drafting.lookup`): two dictionaries and their keys, a token of context."""
+
+HISTORY = 24 * MIB
+"""Past answers: a full file of 2^20 tokens as a `drafting.corpus.Corpus`, 16 bytes a token, and what building takes."""
+
+REACHED_ROWS = 4096
+"""Most rows of a trimmed head that are kept beside it (`backends.trimmed_head`)."""
+
+RESERVED = 96 * MIB
+RESERVED_PER_THREAD = 16 * MIB
+"""Address space that is set aside, and counted by RLIMIT_DATA, but not touched: stacks, arenas, OpenBLAS's buffers."""
+
+SHARED_LIBRARIES = {"onnx": 50 * MIB, "openvino": 90 * MIB, "llama": 33 * MIB}
+"""Code of Python and of a backend's library that is in memory while it runs: mapped files, shared between processes."""
+
+EXPORTER = 60 * MIB
+EXPORT_BYTES_PER_WEIGHT = 24
+"""Exporting: the libraries for it and the graph; and what a thread holds a weight of its chunk."""

@@ -1,0 +1,93 @@
+"""What an estimate says, against what the exporter writes and the backends allocate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_spec.backends.onnx import OnnxModel
+from edge_spec.errors import UnsupportedArchitectureError, UsageError
+from edge_spec.export.exporter import export_model
+from edge_spec.export.recipe import RECIPES
+from edge_spec.formats.gguf import GGMLType
+from edge_spec.memory import Owner, Settings, estimate, facts_of_export, facts_of_gguf
+from edge_spec.memory.kv import cache_bytes
+from edge_spec.memory.weights import stored_bytes, stored_matrices
+from tests.gguf_builder import write_gguf
+from tests.tiny_models import PECULIARITIES, write_tiny_gguf
+
+N_CTX = 100
+
+
+@pytest.mark.parametrize("architecture", sorted(PECULIARITIES))
+@pytest.mark.parametrize("recipe", ["int4", "int8", "exact"])
+def test_weight_bytes_from_the_header_are_those_that_the_exporter_writes(
+    tmp_path: Path, architecture: str, recipe: str
+) -> None:
+    source = write_tiny_gguf(
+        tmp_path / "m.gguf", architecture=architecture, tensor_type="Q4_0", tensor_types={"ffn_down": "Q6_K"}
+    )
+    facts = facts_of_gguf(source)
+
+    export = export_model(source, RECIPES[recipe], tmp_path / "export", sha256="0" * 64)
+
+    assert stored_bytes(stored_matrices(facts, RECIPES[recipe])) == export.weight_bytes
+    assert stored_bytes(stored_matrices(facts_of_export(export.path), None)) == export.weight_bytes
+
+
+def test_a_trimmed_head_is_counted_as_it_is_exported(tmp_path: Path) -> None:
+    source = write_tiny_gguf(tmp_path / "m.gguf", n_vocab=40_000, n_layer=1, tensor_type="Q4_0", tied=False)
+
+    export = export_model(source, RECIPES["draft"], tmp_path / "export", sha256="0" * 64)
+
+    assert stored_bytes(stored_matrices(facts_of_gguf(source), RECIPES["draft"])) == export.weight_bytes
+    assert stored_bytes(stored_matrices(facts_of_export(export.path), None)) == export.weight_bytes
+
+
+def test_cache_bytes_are_those_that_the_onnx_backend_allocates(tmp_path: Path) -> None:
+    source = write_tiny_gguf(tmp_path / "m.gguf", architecture="gemma2", n_kv_head=1)
+    export = export_model(source, RECIPES["int8"], tmp_path / "export", sha256="0" * 64)
+    model = OnnxModel(export, name="m", n_ctx=N_CTX, threads=1)
+    held = [array.nbytes for name, array in model._held.items() if name.startswith("past_")]
+    model.close()
+
+    assert cache_bytes(facts_of_gguf(source), N_CTX, "onnx", GGMLType.F32) == sum(held)
+
+
+def test_the_largest_context_fits_and_the_next_one_does_not(tmp_path: Path) -> None:
+    facts = facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf", n_ctx=1 << 20))
+    counted = estimate(facts, None, Settings(backend="onnx"))
+    budget = 1 << 30
+
+    largest = counted.largest_n_ctx(budget)
+
+    assert largest is not None
+    assert counted.at(n_ctx=largest).fits(budget)
+    assert not counted.at(n_ctx=largest + 1).fits(budget)
+    assert counted.largest_n_ctx(1 << 20) is None
+
+
+def test_a_draft_counts_in_full(tmp_path: Path) -> None:
+    facts = facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf"))
+    alone = estimate(facts, None, Settings())
+
+    paired = estimate(facts, facts, Settings())
+
+    drafts = [part for part in paired.components if part.owner is Owner.DRAFT]
+    assert {part.name for part in drafts} == {p.name for p in paired.components if p.owner is Owner.TARGET}
+    assert paired.committed_bytes - alone.committed_bytes == sum(part.committed_bytes for part in drafts)
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {"general.architecture": "perceptron", "perceptron.block_count": 2})
+
+    with pytest.raises(UnsupportedArchitectureError, match="'perceptron'"):
+        facts_of_gguf(path)
+
+
+def test_a_type_of_cache_elements_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    facts = facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf"))
+
+    with pytest.raises(UsageError, match="q9_0"):
+        estimate(facts, None, Settings(kv="q9_0"))
