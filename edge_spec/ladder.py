@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from edge_spec.decoding.drafter import Drafter
-from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter
 from edge_spec.memory.budget import Budget
 from edge_spec.memory.governor import Governor, Rung
@@ -18,7 +17,7 @@ def make_governor(budget: Budget, drafters: Mapping[str, Drafter]) -> Governor:
     """What keeps a target and its draft within `budget`, and out of the way when the machine runs short."""
     model = drafters.get("model")
     rungs = make_rungs(model if isinstance(model, ModelDrafter) else None)
-    return Governor(OwnMemory(budget), machine_signals(), rungs)
+    return Governor(OwnMemory(budget.held.n_bytes), machine_signals(), rungs)
 
 
 def make_rungs(model: ModelDrafter | None, memory: ProcessMemory | None = None) -> list[Rung]:

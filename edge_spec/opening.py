@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_spec.cores import check_threads
+from edge_spec.decoding.session import PREFILL_CHUNK
 from edge_spec.errors import UsageError
 from edge_spec.export.recipe import Recipe
 from edge_spec.loading import (
@@ -50,6 +51,7 @@ class LoadOptions:
     recipe: str | None = None
     pad_rows: bool = True
     history: bool = False
+    ram: str | int | None = None
 
     def check(self) -> None:
         """Raise UsageError for what can be refused before any file is opened."""
@@ -82,6 +84,8 @@ class LoadRequest:
     recipe: Recipe | None
     """How the target's weights are stored; None follows the source."""
     pad_rows: bool
+    batch: int
+    """Tokens of a prompt that are read at a time."""
     chat_sampling: SamplingParams
     chat_system: str | None
 
@@ -125,6 +129,7 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
         n_ctx=choose_n_ctx(source, options.n_ctx),
         recipe=chosen_recipe(options.recipe, options.backend, source),
         pad_rows=options.pad_rows,
+        batch=PREFILL_CHUNK,
         chat_sampling=known.sampling if known else SamplingParams(),
         chat_system=known.system if known else None,
     )

@@ -133,7 +133,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
         "--frequency-penalty 0.3 --seed 9"
     )
-    load += " --draft-backend onnx --ctx 99 --no-pad --history"
+    load += " --draft-backend onnx --ctx 99 --ram 3GiB --no-pad --history"
     transcript = run("generate", "x", *f"{load} {text} {sampling}".split())
     assert transcript.code == 0
     assert engine.loaded_with == {
@@ -147,6 +147,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "recipe": "exact",
         "threads": 3,
         "n_ctx": 99,
+        "ram": "3GiB",
         "pad_rows": False,
         "history": True,
     }

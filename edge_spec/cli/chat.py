@@ -33,6 +33,7 @@ def chat(
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,
     ctx: options.CtxOption = None,
+    ram: options.RamOption = None,
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
     reference: options.ReferenceOption = None,
@@ -76,6 +77,7 @@ def chat(
             recipe=recipe,
             threads=threads,
             ctx=ctx,
+            ram=ram,
             no_pad=no_pad,
             history=history,
         )

@@ -40,6 +40,7 @@ def generate(
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,
     ctx: options.CtxOption = None,
+    ram: options.RamOption = None,
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
     reference: options.ReferenceOption = None,
@@ -89,6 +90,7 @@ def generate(
         recipe=recipe,
         threads=threads,
         ctx=ctx,
+        ram=ram,
         no_pad=no_pad,
         history=history,
     )

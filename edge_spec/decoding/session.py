@@ -21,8 +21,10 @@ class Session:
     accepted in full, reuse between turns and abandoned generations are all the same case here.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, *, chunk: int = PREFILL_CHUNK) -> None:
+        """`chunk`: tokens of a long sequence that are read at a time; fewer take less memory."""
         self._model = model
+        self._chunk = chunk
         # None: unknown, because a call into the backend did not come back. The next use then starts from nothing.
         self._cached: list[int] | None = None
         self.num_refused_rollbacks = 0
@@ -34,12 +36,13 @@ class Session:
         return self._model.spec
 
     def decode(
-        self, context: Context, *, rows: int = 1, on_progress: Progress | None = None, chunk: int = PREFILL_CHUNK
+        self, context: Context, *, rows: int = 1, on_progress: Progress | None = None, chunk: int | None = None
     ) -> Decoded:
         """Bring the cache to `context` and return the logits of its last `rows` positions, shape [rows, n_vocab].
 
-        Reads only what the cache does not hold, `chunk` tokens at a time, calling `on_progress(read, to_read)` after
-        each; at least the last `rows` tokens are read again. `1 <= rows <= min(len(context), spec.max_rows)`.
+        Reads only what the cache does not hold, `chunk` tokens (by default the session's) at a time, calling
+        `on_progress(read, to_read)` after each; at least the last `rows` tokens are read again.
+        `1 <= rows <= min(len(context), spec.max_rows)`.
 
         Raises ContextLengthError before anything is read if the context is longer than n_ctx; GenerationCancelled if
         `on_progress` returns False (what was read stays); BackendError from the backend (the session then starts
@@ -51,7 +54,7 @@ class Session:
             raise ContextLengthError(len(sequence), self.spec.n_ctx)
 
         position = start = self._keep_prefix_of(sequence, len(sequence) - rows)
-        chunk = max(chunk, rows)
+        chunk = max(chunk or self._chunk, rows)
         while len(sequence) - position > chunk:
             # What is left over for the last read must hold all the rows.
             stop = min(position + chunk, len(sequence) - rows)

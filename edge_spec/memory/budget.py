@@ -1,7 +1,7 @@
-"""How much memory this process may take: what its control groups, its own limits and the free memory leave.
+"""How much memory this process may take: what the caller grants, and what the machine leaves.
 
-The room is the least of (limit - current + file pages) over all the groups above the process, the memory that is
-available less a reserve for everybody else, and what the process limits leave.
+The machine leaves (limit - current + file pages) of every control group above the process, the memory that is available
+less a reserve for everybody else, and what the process's own limits leave.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
+from edge_spec.errors import UsageError
 from edge_spec.memory.cgroup import PROC, limited_cgroups
 from edge_spec.memory.process import Usage, process_memory
 from edge_spec.sizes import format_size
@@ -21,23 +23,39 @@ RESERVE_SHARE, LEAST_RESERVE_BYTES, MOST_RESERVE_BYTES = 0.05, 128 << 20, 1 << 3
 _UNLIMITED = 1 << 62
 
 
+class Counts(StrEnum):
+    """What a bound counts."""
+
+    HELD = "held"
+    """Anonymous memory that was touched."""
+    ALLOCATED = "allocated"
+    """That, and what was allocated and never touched (RLIMIT_DATA)."""
+    MAPPED = "mapped"
+    """That, and mapped files (RLIMIT_AS)."""
+
+
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """Most bytes that the process may hold in all, what it holds already included, and what sets that limit."""
+class Bound:
+    """Most bytes that the process may have in all, what it has already included, and who says so."""
 
     n_bytes: int
     source: str
+    counts: Counts = Counts.HELD
 
     def __str__(self) -> str:
         return f"{format_size(self.n_bytes)} ({self.source})"
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Bytes that the process can still take, by one rule."""
+class Budget:
+    """All bounds that hold at once; at least one of them counts what is held."""
 
-    n_bytes: int
-    source: str
+    bounds: tuple[Bound, ...]
+
+    @property
+    def held(self) -> Bound:
+        """The least bound on anonymous memory: what the process is kept within while it runs."""
+        return min((bound for bound in self.bounds if bound.counts is Counts.HELD), key=lambda bound: bound.n_bytes)
 
 
 def reserve_bytes(total_bytes: int) -> int:
@@ -45,47 +63,61 @@ def reserve_bytes(total_bytes: int) -> int:
     return min(MOST_RESERVE_BYTES, max(LEAST_RESERVE_BYTES, int(total_bytes * RESERVE_SHARE)))
 
 
-def machine_budget(usage: Usage | None = None, proc: Path = PROC) -> Budget:
-    """The budget that the machine gives: what the process holds now and the least of all the rooms."""
+def find_budget(ram: str | int | None = None, *, usage: Usage | None = None, proc: Path = PROC) -> Budget:
+    """What the caller grants (a size, bytes, or the name of a device; None: all there is) and the machine leaves.
+
+    Raises UsageError for what is neither.
+    """
     usage = usage or process_memory().read()
-    room = min(rooms(proc), key=lambda one: one.n_bytes)
-    return Budget(usage.anonymous_bytes + room.n_bytes, room.source)
+    bounds = [_available(usage, proc), *_in_groups(usage, proc), *_in_limits()]
+    return Budget((*([] if ram is None else [granted(ram)]), *bounds))
 
 
-def rooms(proc: Path = PROC) -> list[Room]:
-    """Every rule's room; at least that of the available memory."""
-    return [_available(proc), *_in_groups(proc), *_in_limits(proc)]
+def granted(ram: str | int) -> Bound:
+    """The caller's own bound; UsageError for what is no size and no known device."""
+    from edge_spec.memory.devices import parse_budget
+
+    if isinstance(ram, str):
+        n_bytes, device = parse_budget(ram)
+        return Bound(n_bytes, f"what a {device.title} leaves to one program" if device else "asked for")
+    if isinstance(ram, bool) or not isinstance(ram, int) or ram < 1:
+        raise UsageError(f"ram={ram!r}: give a size like '3GiB', a number of bytes, or the name of a device")
+    return Bound(ram, "asked for")
 
 
-def _available(proc: Path) -> Room:
-    meminfo = read_sizes(proc / "meminfo")
-    if "MemAvailable" in meminfo and "MemTotal" in meminfo:
-        available, total = meminfo["MemAvailable"], meminfo["MemTotal"]
-    else:
-        import psutil
-
-        memory = psutil.virtual_memory()
-        available, total = int(memory.available), int(memory.total)
+def _available(usage: Usage, proc: Path) -> Bound:
+    available, total = available_memory(proc)
     reserve = reserve_bytes(total)
-    return Room(max(0, available - reserve), f"available memory less a reserve of {format_size(reserve)}")
+    source = f"available memory, less a reserve of {format_size(reserve)}"
+    return Bound(usage.anonymous_bytes + max(0, available - reserve), source)
 
 
-def _in_groups(proc: Path) -> Iterator[Room]:
+def available_memory(proc: Path = PROC) -> tuple[int, int]:
+    """Bytes that the machine can still give without swapping, and all that it has."""
+    sizes = read_sizes(proc / "meminfo")
+    if "MemAvailable" in sizes and "MemTotal" in sizes:
+        return sizes["MemAvailable"], sizes["MemTotal"]
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return int(memory.available), int(memory.total)
+
+
+def _in_groups(usage: Usage, proc: Path) -> Iterator[Bound]:
     for group in limited_cgroups(proc) if sys.platform == "linux" else []:
-        yield Room(group.room_bytes, f"the control group {group.path}, limited to {format_size(group.limit_bytes)}")
+        source = f"the control group {group.path}, limited to {format_size(group.limit_bytes)}"
+        yield Bound(usage.anonymous_bytes + group.room_bytes, source)
 
 
-def _in_limits(proc: Path) -> Iterator[Room]:
-    """RLIMIT_DATA and RLIMIT_AS, which count what was asked for, touched or not."""
+def _in_limits() -> Iterator[Bound]:
     if sys.platform != "linux":
         return
     import resource
 
-    sizes = read_sizes(proc / "self/status")
-    for name, size in (("RLIMIT_DATA", "VmData"), ("RLIMIT_AS", "VmSize")):
+    for name, counts in (("RLIMIT_DATA", Counts.ALLOCATED), ("RLIMIT_AS", Counts.MAPPED)):
         limit, _ = resource.getrlimit(getattr(resource, name))
-        if 0 <= limit < _UNLIMITED and size in sizes:
-            yield Room(max(0, limit - sizes[size]), f"the limit {name} of {format_size(limit)}")
+        if 0 <= limit < _UNLIMITED:
+            yield Bound(limit, name, counts)
 
 
 def read_sizes(path: Path) -> dict[str, int]:

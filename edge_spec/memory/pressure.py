@@ -9,7 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
-from edge_spec.memory.budget import Budget, read_sizes, reserve_bytes
+from edge_spec.memory.budget import available_memory, reserve_bytes
 from edge_spec.memory.cgroup import PROC, count_limit_hits, limited_cgroups, pressure_file
 from edge_spec.memory.process import ProcessMemory, process_memory
 from edge_spec.sizes import format_size
@@ -64,18 +64,18 @@ class OwnMemory:
 
     SHARE, LEAST_BYTES = 0.01, 16 << 20
 
-    def __init__(self, budget: Budget, memory: ProcessMemory | None = None) -> None:
-        self._budget = budget
+    def __init__(self, budget_bytes: int, memory: ProcessMemory | None = None) -> None:
+        self._budget_bytes = budget_bytes
         self._memory = memory or process_memory()
-        low = max(self.LEAST_BYTES, int(budget.n_bytes * self.SHARE))
+        low = max(self.LEAST_BYTES, int(budget_bytes * self.SHARE))
         self._marks = Marks(low, 2 * low)
 
     def read(self) -> Reading:
         """See `Signal.read`."""
         held = self._memory.read().anonymous_bytes
-        level = self._marks.level(self._budget.n_bytes - held)
+        level = self._marks.level(self._budget_bytes - held)
         return (
-            Reading(level, f"{format_size(held)} of {format_size(self._budget.n_bytes)} are in use") if level else _CALM
+            Reading(level, f"{format_size(held)} of {format_size(self._budget_bytes)} are in use") if level else _CALM
         )
 
 
@@ -119,7 +119,7 @@ class AvailableMemory:
 
     def read(self) -> Reading:
         """See `Signal.read`."""
-        available, total = self._sizes()
+        available, total = available_memory(self._proc)
         reserve = reserve_bytes(total)
         level = Marks(reserve // 4, reserve // 2).level(available)
         if level is Level.HIGH:
@@ -133,16 +133,6 @@ class AvailableMemory:
         if level or percent >= self.RELIEVED_PERCENT:
             return Reading(Level.EASING, f"{format_size(available)} are left on the whole machine")
         return _CALM
-
-    def _sizes(self) -> tuple[int, int]:
-        """Bytes available and in all."""
-        sizes = read_sizes(self._proc / "meminfo")
-        if "MemAvailable" in sizes and "MemTotal" in sizes:
-            return sizes["MemAvailable"], sizes["MemTotal"]
-        import psutil
-
-        memory = psutil.virtual_memory()
-        return int(memory.available), int(memory.total)
 
 
 class MacPressure:

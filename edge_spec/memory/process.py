@@ -45,9 +45,8 @@ class LinuxMemory:
 
     def read(self) -> Usage:
         """See `ProcessMemory.read`; shared pages count as those of files."""
-        _, resident, shared, *_ = os.pread(self._file, 256, 0).split()
-        pages = int(resident)
-        return Usage((pages - int(shared)) * self._page_bytes, pages * self._page_bytes)
+        _, resident, shared, *_ = map(int, os.pread(self._file, 256, 0).split())
+        return Usage((resident - shared) * self._page_bytes, resident * self._page_bytes)
 
 
 class PortableMemory:
