@@ -3,6 +3,7 @@
 #   make chat      install, fetch the default pair, talk with it (standard input goes to the chat)
 #   make test      install, fetch the small test model, run the tests
 #   make test-openvino   install the openvino backend, run its own tests
+#   make quality   the default target's 4-bit exports beside its GGUF on llama.cpp: WORKLOAD= and PROBLEMS= name files
 #   make lint      ruff and mypy
 #   make install   make .venv ready for all of them
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install chat test test-pair test-openvino lint clean
+.PHONY: install chat test test-pair test-openvino quality lint clean
 
 install: $(VENV)/.core $(VENV)/.dev
 
@@ -48,6 +49,19 @@ test-pair: install
 test-openvino: install $(VENV)/.openvino
 	@$(BIN)/edge-spec pull smollm2-135m </dev/null
 	$(BIN)/python -m pytest -m openvino
+
+# Perplexity, agreement, divergence and the cost of a pass; with PROBLEMS= (HumanEval's form) also programs that pass.
+QUALITY_TARGET := qwen2.5-coder-1.5b
+QUALITY_RECIPES ?= int4 int4-plain
+WORKLOAD ?=
+PROBLEMS ?=
+
+quality: install
+	@$(BIN)/edge-spec pull qwen2.5-coder </dev/null
+	$(BIN)/python tools/quality.py --reference llama:$(QUALITY_TARGET) \
+	    $(QUALITY_RECIPES:%=onnx:$(QUALITY_TARGET)@%) --baseline onnx:$(QUALITY_TARGET)@int4-plain \
+	    $(if $(WORKLOAD),--workload $(WORKLOAD) --limit 6) \
+	    $(if $(PROBLEMS),--problems $(PROBLEMS) --draft qwen2.5-coder-0.5b)
 
 lint: install
 	$(BIN)/ruff check .

@@ -112,5 +112,10 @@ class KeptCosts:
 
     def keep(self, drafter: Drafter) -> None:
         """Keep what a planner has learnt."""
-        if isinstance(drafter, Planner) and (learnt := drafter.costs.to_json()):
-            self._cache.put(self._key, learnt)
+        if isinstance(drafter, Planner):
+            self.put(drafter.costs)
+
+    def put(self, costs: Costs) -> None:
+        """Keep these costs, if anything is known."""
+        if known := costs.to_json():
+            self._cache.put(self._key, known)

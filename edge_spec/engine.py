@@ -32,7 +32,7 @@ from edge_spec.opening import (
     resolve,
 )
 from edge_spec.store import Store
-from edge_spec.types import GenerationResult, Progress, SamplingParams
+from edge_spec.types import GenerationResult, Progress, Prompt, SamplingParams
 
 COPYING = ("reference", "auto")
 """Drafters that copy from references."""
@@ -138,7 +138,7 @@ class Engine:
             session,
             drafters,
             KeptCosts.of(request, models, store),
-            governor=make_governor(fitted.budget, drafters),
+            governor=make_governor(fitted.budget, session, drafters),
             default=drafter,
             past=past,
         )
@@ -183,7 +183,7 @@ class Engine:
             messages.append({"role": "user", "content": prompt})
             prompt_ids = self._source.template.render_ids(messages, self._source.tokenizer)
         return self._stream_ids(
-            prompt_ids,
+            Prompt(prompt_ids),
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stop,
@@ -206,10 +206,21 @@ class Engine:
             pass
         return stream.result
 
-    def chat(self, *, system: str | None = None) -> Chat:
-        """A conversation; `system` defaults to the pair's own, then to the template's."""
+    def chat(self, *, system: str | None = None, on_full: str = "turns") -> Chat:
+        """A conversation; `system` defaults to the pair's own, then to the template's.
+
+        `on_full` says what happens when it outgrows the window: "turns" drops the oldest turns but the first, "error"
+        raises ContextLengthError.
+        """
         system = system if system is not None else self.info.chat_system
-        return Chat(self._stream_ids, self._source.template, self._source.tokenizer, system=system)
+        return Chat(
+            self._stream_ids,
+            self._source.template,
+            self._source.tokenizer,
+            system=system,
+            on_full=on_full,
+            window=lambda: self._target.spec.n_ctx,
+        )
 
     def count(self, text: str) -> int:
         """Tokens of `text`, as plain text."""
@@ -240,7 +251,7 @@ class Engine:
 
     def _stream_ids(
         self,
-        prompt_ids: list[int],
+        prompt: Prompt,
         *,
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
@@ -257,7 +268,7 @@ class Engine:
 
         def finish(stream: Stream) -> GenerationResult:
             info = replace(self.info, n_ctx=self._target.spec.n_ctx)  # which the governor may have made smaller
-            result = make_result(stream, prompt_tokens=len(prompt_ids), info=info)
+            result = make_result(stream, prompt=prompt, info=info)
             result.notes.extend(governor.notes)
             if self._target.num_refused_rollbacks > refused:
                 result.notes.append("the backend could not drop tokens from its cache, so the context was read again")
@@ -269,17 +280,18 @@ class Engine:
         governor.begin()
         return Stream(
             lambda cancelled: decoder.generate(
-                prompt_ids,
+                prompt.ids,
                 sampling=sampling,
                 max_tokens=max_tokens,
                 stop_ids=tokenizer.stop_ids,
                 references=references,
+                archive=prompt.archive,
                 cancelled=cancelled,
                 on_progress=on_progress,
                 supervisor=governor,
             ),
             decoder,
-            tokenizer.stream(previous=prompt_ids[-1] if prompt_ids else None),
+            tokenizer.stream(previous=prompt.ids[-1] if prompt.ids else None),
             stop,
             finish,
         )

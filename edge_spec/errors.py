@@ -15,6 +15,7 @@ EdgeSpecError
 ├── VocabMismatchError                  draft and target do not share a vocabulary
 ├── ContextLengthError                  the prompt does not fit n_ctx
 ├── RollbackUnsupportedError            the backend cannot shorten its cache that far
+├── CacheUnsupportedError               the backend cannot drop tokens from the middle of its cache, or resize it
 └── GenerationCancelled                 the caller asked to stop during prefill
 """
 
@@ -96,6 +97,10 @@ class ContextLengthError(EdgeSpecError):
 
 class RollbackUnsupportedError(EdgeSpecError):
     """The backend cannot drop the last cached tokens (recurrent state, or a sliding window that has moved on)."""
+
+
+class CacheUnsupportedError(EdgeSpecError):
+    """The model's cache cannot drop tokens from its middle, or change its length; `ModelSpec` says so beforehand."""
 
 
 class GenerationCancelled(EdgeSpecError):  # noqa: N818 - an outcome, not a fault

@@ -12,7 +12,7 @@ from edge_spec.decoding.decoder import DecodeStats, SpeculativeDecoder, Step
 from edge_spec.decoding.stop import StopStrings
 from edge_spec.errors import UsageError
 from edge_spec.tokenizer import Detokenizer
-from edge_spec.types import FinishReason, GenerationResult, Piece, Progress, SamplingParams
+from edge_spec.types import FinishReason, GenerationResult, Piece, Progress, Prompt, SamplingParams
 
 # Here and not where it is used: a stream may end while Python shuts down, when nothing can be imported any more.
 if sys.platform != "win32":
@@ -163,7 +163,7 @@ class Stream:
         self._result = self._finish(self)
 
 
-def make_result(stream: Stream, *, prompt_tokens: int, info: EngineInfo) -> GenerationResult:
+def make_result(stream: Stream, *, prompt: Prompt, info: EngineInfo) -> GenerationResult:
     """The figures of a stream that has ended."""
     stats = stream.stats
     generated = len(stream.token_ids)
@@ -172,7 +172,7 @@ def make_result(stream: Stream, *, prompt_tokens: int, info: EngineInfo) -> Gene
     return GenerationResult(
         text=stream.text,
         token_ids=stream.token_ids,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=len(prompt.ids),
         generated_tokens=generated,
         finish_reason=stream.finish_reason,
         load_s=info.load_s,
@@ -193,7 +193,8 @@ def make_result(stream: Stream, *, prompt_tokens: int, info: EngineInfo) -> Gene
         threads=info.threads,
         n_ctx=info.n_ctx,
         peak_rss_bytes=peak_rss_bytes(),
-        notes=list(info.notes),
+        notes=[*info.notes, *prompt.notes],
+        dropped=prompt.dropped,
     )
 
 

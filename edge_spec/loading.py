@@ -212,7 +212,12 @@ def choose_n_ctx(source: Source, n_ctx: int | None) -> int:
 
 def machine_key(backend: str, threads: int) -> str:
     """What measured figures depend on besides the model: processor, the backend's engine and version, threads."""
-    return f"{platform.machine()} {_cpu_model()} | {engine_key(backend)} | {threads} threads"
+    return f"{processor_key(backend)} | {threads} threads"
+
+
+def processor_key(backend: str) -> str:
+    """The processor and the backend's engine and version."""
+    return f"{platform.machine()} {_cpu_model()} | {engine_key(backend)}"
 
 
 def engine_key(backend: str) -> str:

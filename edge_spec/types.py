@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import TypeAlias
 
 import numpy as np
@@ -59,13 +59,51 @@ class ModelSpec:
     row_alignment: int | None
     """Decodes are padded to a multiple of this many rows, so that a row's logits do not depend on what else was in
     the pass (1: none needed). None: no such promise; a row may differ in its last bits from pass to pass."""
+    kv_type: str = "f32"
+    """What keys and values are stored as: `f32`, `f16`, or a quantised type by its library's name."""
+    can_evict: bool = False
+    """Whether tokens can be dropped from the middle of the cache."""
+    can_resize: bool = False
+    """Whether the cache can be made anew in another length with its tokens kept."""
+
+
+TOP_K = 64
+"""Tokens in a row of `Output.TOP_K`: drafts are sampled from no more, and the tail is seldom accepted."""
+
+
+class Output(Enum):
+    """What a decode returns for the positions that it was asked for."""
+
+    LOGITS = "logits"
+    """A score for every entry of the vocabulary."""
+    TOP_K = "top_k"
+    """The likeliest tokens and the mass of all: what drafting needs, without a row as long as the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The `TOP_K` likeliest tokens of each position, or as many as there are, the likeliest first.
+
+    The probability of a token is `exp(logits - log_sum)`, of all tokens that the model scores: where its head is
+    trimmed, those that the head keeps or that were made reachable.
+    """
+
+    ids: NDArray[np.int64]
+    """[rows, k], of the vocabulary whatever the head keeps."""
+    logits: Logits
+    """[rows, k], falling."""
+    log_sum: Logits
+    """[rows]: the logarithm of the sum of exp over all scored logits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Logits of the last `rows` positions of a decode, shape [rows, n_vocab]; a view, valid until the next decode."""
+    """What a decode returns of its last `rows` positions; views, valid until the next decode."""
 
     logits: Logits
+    """[rows, n_vocab]; [0, n_vocab] where `Output.TOP_K` was wanted."""
+    top: TopK | None = None
+    """Set where `Output.TOP_K` was wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +186,29 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Dropped:
+    """What the model had not before it any more when it answered."""
+
+    policy: str
+    """"turns", "sinks" or "surprisal"."""
+    tokens: int
+    text: str
+    """What it said; passages that did not follow each other stand on lines of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The ids that are read before the first token is written, and what became of those that are not among them."""
+
+    ids: list[int]
+    archive: tuple[int, ...] = ()
+    """Text that was dropped, as ids: still good to copy from."""
+    dropped: tuple[Dropped, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the user should know of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrafterStats:
     """What one drafter did in a generation."""
 
@@ -193,3 +254,5 @@ class GenerationResult:
     notes: list[str] = field(default_factory=list)
     draft_backend: str | None = None
     """Where the draft ran, None without one; `backend` is the target's."""
+    dropped: tuple[Dropped, ...] = ()
+    """What the context has lost; `prompt_tokens` counts what was left."""

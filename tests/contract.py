@@ -17,8 +17,14 @@ import numpy as np
 import pytest
 
 from edge_spec.backends.base import CausalLM
-from edge_spec.errors import ContextLengthError, EdgeSpecError, UsageError
-from edge_spec.types import Logits
+from edge_spec.errors import (
+    CacheUnsupportedError,
+    ContextLengthError,
+    EdgeSpecError,
+    RollbackUnsupportedError,
+    UsageError,
+)
+from edge_spec.types import TOP_K, Logits, Output
 
 MakeModel: TypeAlias = Callable[[int], CausalLM]
 """Loads the model with a cache of so many tokens; always the same model."""
@@ -33,6 +39,8 @@ class CausalLMContract:
     """How far a logit may move from pass to pass where `row_alignment` is None (and no argmax may change)."""
     misuse: ClassVar[type[Exception]] = UsageError
     """What an argument out of range raises."""
+    resize_keeps: ClassVar[int] = N_CTX
+    """Tokens from the end that can be rolled back over behind a change of the cache's length."""
 
     @pytest.fixture
     def make_model(self) -> MakeModel:
@@ -122,6 +130,31 @@ class CausalLMContract:
             model.rollback(0)
             self.assert_same(model, model.decode(other).logits, expected)  # type: ignore[arg-type]
 
+    # The likeliest tokens alone
+
+    @pytest.mark.parametrize("rows", [0, 1, 3])
+    def test_the_top_k_are_the_largest_logits(self, model: CausalLM, rows: int) -> None:
+        tokens, k = draw(model, 9), min(TOP_K, model.spec.n_vocab)
+        logits = model.decode(tokens, rows=rows).logits.copy()
+        model.rollback(0)
+        decoded = model.decode(tokens, rows=rows, want=Output.TOP_K)
+        top = decoded.top
+        assert top is not None
+        assert decoded.logits.shape == (0, model.spec.n_vocab)
+        assert top.ids.shape == top.logits.shape == (rows, k)
+        assert top.log_sum.shape == (rows,)
+        assert np.array_equal(top.logits, -np.sort(-logits, axis=1)[:, :k])
+        assert np.array_equal(np.take_along_axis(logits, top.ids, axis=1), top.logits)
+        assert all(len(set(ids)) == k for ids in top.ids)
+
+    def test_the_mass_of_the_top_k_is_of_all_logits(self, model: CausalLM) -> None:
+        tokens = draw(model, 9)
+        logits = read(model, tokens)[0].astype(np.float64)
+        model.rollback(0)
+        top = model.decode(tokens, want=Output.TOP_K).top
+        assert top is not None
+        np.testing.assert_allclose(top.log_sum[0], np.log(np.exp(logits).sum()), rtol=1e-5)
+
     # Rolling back
 
     @pytest.mark.parametrize("kept", [0, 1, 2, 7, 19])
@@ -188,6 +221,157 @@ class CausalLMContract:
             going_on = model.decode(tokens[cached : cached + 1]).logits.copy()
             self.assert_same(model, going_on, read(model, tokens[: cached + 1]))
 
+    # Dropping tokens from the middle
+
+    @pytest.mark.parametrize(("start", "end"), [(0, 1), (0, 7), (5, 6), (4, 15), (1, 29)])
+    def test_evict_shortens_the_cache_and_decoding_goes_on(self, model: CausalLM, start: int, end: int) -> None:
+        tokens = draw(model, 34)
+        model.decode(tokens[:30])
+        if not model.spec.can_evict:
+            with pytest.raises(CacheUnsupportedError):
+                model.evict(start, end)
+            assert model.length == 30
+            return
+        model.evict(start, end)
+        assert model.length == 30 - (end - start)
+        logits = model.decode(tokens[30:], rows=4).logits
+        assert model.length == 34 - (end - start)
+        assert np.isfinite(logits).all()
+
+    @pytest.mark.parametrize("start", [0, 1, 13, 20])
+    def test_evicting_the_end_is_rolling_back(self, model: CausalLM, start: int) -> None:
+        if not model.spec.can_evict:
+            pytest.skip("the cache cannot evict")
+        tokens, more = draw(model, 20), draw(model, 3, seed=1)
+        expected = read(model, tokens[:start] + more)
+        model.rollback(0)
+        model.decode(tokens)
+        model.evict(start, 20)
+        self.assert_same(model, model.decode(more).logits, expected)
+
+    def test_evicting_nothing_changes_nothing(self, model: CausalLM) -> None:
+        if not model.spec.can_evict:
+            pytest.skip("the cache cannot evict")
+        tokens = draw(model, 12)
+        expected = read(model, tokens)
+        model.rollback(0)
+        model.decode(tokens[:9])
+        for place in (0, 4, 9):
+            model.evict(place, place)
+        self.assert_same(model, model.decode(tokens[9:]).logits, expected)
+
+    def test_rolling_back_behind_an_eviction_leaves_no_trace(self, model: CausalLM) -> None:
+        if not model.spec.can_evict:
+            pytest.skip("the cache cannot evict")
+        tokens, wrong = draw(model, 30), draw(model, 9, seed=1)
+        model.decode(tokens[:20])
+        model.evict(3, 8)
+        expected = model.decode(tokens[20:24]).logits.copy()
+        for kept, width in ((15, 9), (17, 1), (18, 3)):
+            model.rollback(kept)
+            model.decode(wrong[:width])
+            model.rollback(kept)
+            self.assert_same(model, model.decode(tokens[kept + 5 : 24]).logits, expected)
+
+    def test_rolling_back_before_an_eviction_restores_what_was_read_there(self, model: CausalLM) -> None:
+        if not model.spec.can_evict:
+            pytest.skip("the cache cannot evict")
+        tokens = draw(model, 25)
+        expected = read(model, tokens)
+        model.evict(12, 16)
+        model.rollback(12)
+        self.assert_same(model, model.decode(tokens[12:]).logits, expected)
+
+    def test_what_is_evicted_makes_room(self, model: CausalLM) -> None:
+        if not model.spec.can_evict:
+            pytest.skip("the cache cannot evict")
+        model.decode(draw(model, N_CTX))
+        for _ in range(5):
+            model.evict(4, 24)
+            assert np.isfinite(model.decode(draw(model, 20)).logits).all()
+        assert model.length == N_CTX
+
+    @pytest.mark.parametrize(("start", "end"), [(-1, 2), (3, 2), (0, 6), (6, 6)])
+    def test_evicting_what_is_not_there_is_refused(self, model: CausalLM, start: int, end: int) -> None:
+        if not model.spec.can_evict:
+            pytest.skip("the cache cannot evict")
+        model.decode(draw(model, 5))
+        with pytest.raises(self.misuse):
+            model.evict(start, end)
+        assert model.length == 5
+
+    # Changing the length of the cache
+
+    @pytest.mark.parametrize("n_ctx", [20, 40, N_CTX, 2 * N_CTX])
+    def test_a_resized_cache_keeps_its_tokens(self, model: CausalLM, n_ctx: int) -> None:
+        tokens = draw(model, 24)
+        expected = read(model, tokens)
+        model.rollback(0)
+        model.decode(tokens[:20])
+        if not model.spec.can_resize:
+            with pytest.raises(CacheUnsupportedError):
+                model.resize(n_ctx)
+            return
+        model.resize(n_ctx)
+        assert (model.spec.n_ctx, model.length) == (n_ctx, 20)
+        if n_ctx == 20:
+            with pytest.raises(ContextLengthError):
+                model.decode(tokens[20:])
+            model.resize(30)
+        self.assert_same(model, model.decode(tokens[20:]).logits, expected)
+
+    def test_a_resized_cache_can_be_filled_to_its_last_token(self, model: CausalLM) -> None:
+        if not model.spec.can_resize:
+            pytest.skip("the cache cannot be resized")
+        model.decode(draw(model, 10))
+        for n_ctx in (16, 2 * N_CTX):
+            model.resize(n_ctx)
+            model.decode(draw(model, n_ctx - model.length))
+            with pytest.raises(ContextLengthError):
+                model.decode([1])
+
+    def test_a_resized_cache_is_as_one_of_that_length(self, model: CausalLM, open_model: MakeModel) -> None:
+        if not model.spec.can_resize:
+            pytest.skip("the cache cannot be resized")
+        tokens = draw(model, 40)
+        read(model, tokens[:12])
+        model.resize(N_CTX // 2)
+        model.resize(N_CTX)
+        if self.resize_keeps < 7:
+            with pytest.raises(RollbackUnsupportedError):
+                model.rollback(5)
+            assert model.length == 12
+            model.rollback(0)
+            model.decode(tokens[:5])
+        else:
+            model.rollback(5)
+        self.assert_same(model, model.decode(tokens[5:]).logits, read(open_model(N_CTX), tokens))
+
+    def test_evict_and_resize_go_together(self, model: CausalLM) -> None:
+        if not (model.spec.can_evict and model.spec.can_resize):
+            pytest.skip("the cache cannot do both")
+        tokens = draw(model, 34)
+        model.decode(tokens[:30])
+        model.evict(2, 12)
+        expected = model.decode(tokens[30:]).logits.copy()
+        model.rollback(0)
+        model.decode(tokens[:30])
+        model.evict(2, 12)
+        model.resize(24)
+        self.assert_same(model, model.decode(tokens[30:]).logits, expected)
+
+    @pytest.mark.parametrize("n_ctx", [-1, 0, 9, 10**9])
+    def test_a_length_that_does_not_do_is_refused(self, model: CausalLM, n_ctx: int) -> None:
+        if not model.spec.can_resize:
+            pytest.skip("the cache cannot be resized")
+        tokens = draw(model, 11)
+        expected = read(model, tokens)
+        model.rollback(10)
+        with pytest.raises(self.misuse):
+            model.resize(n_ctx)
+        assert (model.spec.n_ctx, model.length) == (N_CTX, 10)
+        self.assert_same(model, model.decode(tokens[10:]).logits, expected)
+
     # Misuse
 
     def test_more_rows_than_tokens_are_refused(self, model: CausalLM) -> None:
@@ -226,6 +410,9 @@ class CausalLMContract:
         model.close()
         with pytest.raises(EdgeSpecError, match="closed"):
             model.decode(tokens)
+        if model.spec.can_resize:
+            with pytest.raises(EdgeSpecError, match="closed"):
+                model.resize(N_CTX)
 
     def test_logits_stand_until_the_next_decode(self, model: CausalLM) -> None:
         view = model.decode(draw(model, 9), rows=3).logits
@@ -274,6 +461,55 @@ class EqualRowsContract(CausalLMContract):
                     assert np.array_equal(logits[row], expected[prefix + row]), (prefix, width, row)
             model.rollback(0)
             model.decode(tokens[:31], rows=0)
+
+    def test_a_row_is_the_same_to_the_bit_behind_an_eviction(self, model: CausalLM) -> None:
+        if not model.spec.can_evict:
+            pytest.skip("the cache cannot evict")
+        tokens = draw(model, 40)
+        model.decode(tokens[:30], rows=0)
+        model.evict(3, 13)
+        expected = [model.decode(tokens[place : place + 1]).logits[0].copy() for place in range(30, 38)]
+        for width in (2, 3, 8):
+            model.rollback(20)
+            logits = model.decode(tokens[30 : 30 + width], rows=width).logits
+            for row in range(width):
+                assert np.array_equal(logits[row], expected[row]), (width, row)
+
+
+class ShallowContract:
+    """Laws of eviction in models of one layer, where a token's keys and values do not depend on those before it.
+
+    So a cache that dropped tokens is, but for rounding, one that never read them.
+    """
+
+    atol: ClassVar[float] = 0.02
+
+    @pytest.fixture
+    def make_model(self) -> MakeModel:
+        """Override: the way to load a model of one layer."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def model(self, make_model: MakeModel) -> Iterator[CausalLM]:
+        model = make_model(N_CTX)
+        yield model
+        model.close()
+
+    @pytest.mark.parametrize("drops", [[(0, 1)], [(0, 20)], [(7, 8)], [(3, 36)], [(30, 38)], [(5, 20), (2, 9), (0, 4)]])
+    def test_what_was_evicted_might_never_have_been_read(self, model: CausalLM, drops: list[tuple[int, int]]) -> None:
+        assert model.spec.can_evict
+        tokens, more = draw(model, 40), draw(model, 4, seed=1)
+        left = list(tokens)
+        model.decode(tokens)
+        for start, end in drops:
+            model.evict(start, end)
+            del left[start:end]
+        logits = model.decode(more, rows=4).logits.copy()
+        model.rollback(0)
+        expected = model.decode(left + more, rows=4).logits
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=self.atol)
+        assert expected.std() > 10 * self.atol
+        assert np.array_equal(logits.argmax(-1), expected.argmax(-1))
 
 
 def draw(model: CausalLM, count: int, *, seed: int = 0) -> list[int]:

@@ -169,6 +169,7 @@ class FakeEngine:
         self.turns: list[str] = []
         self.options: list[dict[str, Any]] = []
         self.chats: list[FakeChat] = []
+        self.chat_options: list[dict[str, Any]] = []
         self.streams: list[FakeStream] = []
         self.log: list[str] = []
         self.closed = False
@@ -194,7 +195,8 @@ class FakeEngine:
         self.options.append(options)
         return self.next_stream(on_progress)
 
-    def chat(self, *, system: str | None = None) -> FakeChat:
+    def chat(self, *, system: str | None = None, **options: Any) -> FakeChat:
+        self.chat_options.append(options)
         self.chats.append(FakeChat(self, self.info.chat_system if system is None else system))
         return self.chats[-1]
 

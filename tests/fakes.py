@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edge_spec.errors import BackendError, ContextLengthError, RollbackUnsupportedError
-from edge_spec.types import Decoded, Logits, ModelSpec
+from edge_spec.backends.top_k import top_k
+from edge_spec.errors import BackendError, CacheUnsupportedError, ContextLengthError, RollbackUnsupportedError
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
+
+N_CTX_TRAIN = 512
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class FakeLM:
 
     `max_rollback`: most tokens that one rollback may drop (a rollback to 0 is always allowed); None: any number.
     `fail_at`: the decode call, counted from 0, that raises BackendError and leaves rubbish in the cache.
-    Records: `calls` (every decode), `rollbacks` (every length that was asked for), `tokens` (the cache itself).
+    Records: `calls` (every decode), `rollbacks` (every length that was asked for),
+    `evictions` (every range), `tokens` (the cache itself).
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class FakeLM:
         max_rollback: int | None = None,
         fail_at: int | None = None,
         order: int | None = 2,
+        can_evict: bool = True,
+        can_resize: bool = True,
         name: str = "fake",
     ) -> None:
         self.spec = ModelSpec(
@@ -53,7 +59,7 @@ class FakeLM:
             architecture="fake",
             n_vocab=n_vocab,
             n_ctx=n_ctx,
-            n_ctx_train=n_ctx,
+            n_ctx_train=max(n_ctx, N_CTX_TRAIN),
             n_layer=1,
             n_kv_heads=1,
             head_dim=1,
@@ -61,6 +67,8 @@ class FakeLM:
             kv_bytes_per_token=1,
             max_rows=max_rows,
             row_alignment=row_alignment,
+            can_evict=can_evict,
+            can_resize=can_resize,
         )
         self.seed = seed
         self.sharpness = sharpness
@@ -70,6 +78,7 @@ class FakeLM:
         self.tokens: list[int] = []
         self.calls: list[Call] = []
         self.rollbacks: list[int] = []
+        self.evictions: list[tuple[int, int]] = []
         self.closed = False
         self._buffer = np.full((max_rows, n_vocab), np.nan, dtype=np.float32)
         self._rows: dict[tuple[int, ...], Logits] = {}
@@ -91,7 +100,7 @@ class FakeLM:
             self._rows[key] = (self.sharpness * normal).astype(np.float32)
         return self._rows[key]
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         if self.closed:
             raise BackendError(f"{self.spec.name} is closed")
         assert len(tokens) > 0, "a decode needs tokens"
@@ -109,7 +118,8 @@ class FakeLM:
         self.tokens += call.tokens
         for row in range(rows):
             self._buffer[row] = self.logits_after(self.tokens[: needed - rows + row + 1])
-        return Decoded(self._buffer[:rows])
+        logits = self._buffer[:rows]
+        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
         assert 0 <= length <= len(self.tokens), (length, len(self.tokens))
@@ -118,6 +128,22 @@ class FakeLM:
         if self.max_rollback is not None and length > 0 and dropped > self.max_rollback:
             raise RollbackUnsupportedError(f"cannot drop {dropped} tokens, at most {self.max_rollback}")
         del self.tokens[length:]
+
+    def evict(self, start: int, end: int) -> None:
+        if not self.spec.can_evict:
+            raise CacheUnsupportedError(f"{self.spec.name} cannot evict")
+        assert 0 <= start <= end <= len(self.tokens), (start, end, len(self.tokens))
+        self.evictions.append((start, end))
+        del self.tokens[start:end]
+
+    def resize(self, n_ctx: int) -> None:
+        if self.closed:
+            raise BackendError(f"{self.spec.name} is closed")
+        if not self.spec.can_resize:
+            raise CacheUnsupportedError(f"{self.spec.name} cannot resize")
+        assert len(self.tokens) <= n_ctx <= self.spec.n_ctx_train, (len(self.tokens), n_ctx)
+        assert n_ctx >= 1
+        self.spec = replace(self.spec, n_ctx=n_ctx)
 
     def close(self) -> None:
         self.closed = True

@@ -70,7 +70,9 @@ def test_json_is_one_object_with_every_field_and_nothing_else(monkeypatch: pytes
     assert transcript.err == ""
     assert transcript.out.count("\n") == 1
     result = json.loads(transcript.out)
-    assert list(result) == [field.name for field in fields(GenerationResult) if field.name != "draft_backend"]
+    assert list(result) == [
+        field.name for field in fields(GenerationResult) if field.name not in ("draft_backend", "dropped")
+    ]
     assert result["text"] == "Grüße\n"
     assert result["finish_reason"] == "stop"
     assert result["drafters"] == {"model": {"steps": 20, "drafted": 40, "accepted": 30}}
@@ -122,7 +124,7 @@ def test_the_scripted_engine_is_called_as_the_real_one_is() -> None:
     signature(Engine.load).bind(**scripted.loaded_with or {}, on_progress=None)
     signature(Engine.stream).bind(None, "x", **generated, on_progress=None)
     signature(Chat.stream).bind(None, "x", **said, on_progress=None)
-    signature(Engine.chat).bind(None, system=None)
+    signature(Engine.chat).bind(None, system=None, **scripted.chat_options[0])
     assert {field.name for field in fields(FakeInfo)} == {field.name for field in fields(EngineInfo)}
 
 

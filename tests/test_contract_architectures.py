@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract import EqualRowsContract
-from tests.test_contract_onnx import OnnxContract
+from tests.contract import EqualRowsContract, ShallowContract
+from tests.test_contract_onnx import OnnxContract, OnnxModels
 from tests.tiny_models import PECULIARITIES, write_tiny_gguf
+
+ALL = sorted(PECULIARITIES)
 
 
 class TestArchitectures(OnnxContract, EqualRowsContract):
@@ -20,3 +22,11 @@ class TestArchitectures(OnnxContract, EqualRowsContract):
     def source(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = tmp_path_factory.mktemp("source") / "tiny.gguf"
         return write_tiny_gguf(path, architecture=request.param, n_layer=4, n_vocab=512, tensor_type="F16")
+
+
+class TestEviction(OnnxModels, ShallowContract):
+    @pytest.fixture(scope="class", params=ALL)
+    @classmethod
+    def source(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        path = tmp_path_factory.mktemp("source") / "tiny.gguf"
+        return write_tiny_gguf(path, architecture=request.param, n_layer=1, n_vocab=512, tensor_type="F16")

@@ -9,7 +9,7 @@ import pytest
 
 from edge_spec.backends import llama
 from edge_spec.backends._llama_library import import_library
-from tests.contract import CausalLMContract, MakeModel
+from tests.contract import CausalLMContract, MakeModel, ShallowContract
 from tests.tiny_models import write_tiny_gguf
 
 llama_cpp = import_library()  # without the llama extra, its error names the command that installs it
@@ -43,6 +43,39 @@ class TestTinyQwen2(LlamaContract):
     @pytest.fixture
     def make_model(self, qwen2_path: Path) -> MakeModel:
         return lambda n_ctx: llama.load(qwen2_path, name="tiny", n_ctx=n_ctx, threads=1)
+
+
+class TestEviction(ShallowContract):
+    atol = 0.05  # keys are stored in half precision, and turned there
+
+    @pytest.fixture(params=["llama", "llama-linear", "phi3", "qwen2", "qwen3", "smollm3"])
+    def make_model(self, request: pytest.FixtureRequest, tmp_path: Path) -> MakeModel:
+        architecture, _, rope = request.param.partition("-")
+        metadata = {"llama.rope.scaling.type": rope, "llama.rope.scaling.factor": 4.0} if rope else {}
+        metadata |= {"phi3.rope.scaling.attn_factor": 1.0} if architecture == "phi3" else {}
+        path = tmp_path / "tiny.gguf"
+        write_tiny_gguf(path, architecture=architecture, n_layer=1, n_vocab=512, metadata=metadata)
+        return lambda n_ctx: llama.load(path, name="tiny", n_ctx=n_ctx, threads=1)
+
+
+class TestTinyGemma3(LlamaContract):
+    """Two caches, one of the windowed layers: it cannot evict, and saves only what is in its window of 8 tokens."""
+
+    resize_keeps = 0
+
+    @pytest.fixture
+    def make_model(self, tmp_path: Path) -> MakeModel:
+        path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture="gemma3", n_layer=4, n_vocab=512)
+        return lambda n_ctx: llama.load(path, name="tiny", n_ctx=n_ctx, threads=1)
+
+
+class TestTinyMistral3(LlamaContract):
+    """A rotary embedding with a magnitude, which llama.cpp cannot turn."""
+
+    @pytest.fixture
+    def make_model(self, tmp_path: Path) -> MakeModel:
+        path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture="mistral3", n_vocab=512)
+        return lambda n_ctx: llama.load(path, name="tiny", n_ctx=n_ctx, threads=1)
 
 
 class TestTinyInManyPasses(LlamaContract):

@@ -14,7 +14,9 @@ from tests.contract import CausalLMContract, EqualRowsContract, MakeModel
 from tests.tiny_models import write_tiny_gguf
 
 
-class OnnxContract(CausalLMContract):
+class OnnxModels:
+    """How the laws of a suite get their model."""
+
     recipe: ClassVar[str] = "int4"
     aligned: ClassVar[bool] = True
 
@@ -49,6 +51,10 @@ class OnnxContract(CausalLMContract):
             return model
 
         return make
+
+
+class OnnxContract(OnnxModels, CausalLMContract):
+    pass
 
 
 class TestInt4(OnnxContract, EqualRowsContract):

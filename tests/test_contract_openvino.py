@@ -14,7 +14,7 @@ from edge_spec.backends.onnx import OnnxModel
 from edge_spec.backends.openvino import OpenVinoModel
 from edge_spec.errors import BackendError, UsageError
 from edge_spec.export import RECIPES, Export, Recipe, export_model
-from tests.contract import CausalLMContract, EqualRowsContract, MakeModel
+from tests.contract import CausalLMContract, EqualRowsContract, MakeModel, ShallowContract
 from tests.reference_decoder import reference_logits
 from tests.tiny_models import write_tiny_gguf
 
@@ -23,7 +23,9 @@ pytestmark = pytest.mark.openvino
 TRIMMED = Recipe("trimmed", bits=4, block=128, zero_points=True, head_rows=256)
 
 
-class OpenVinoContract(CausalLMContract):
+class OpenVinoModels:
+    """How the laws of a suite get their model."""
+
     recipe: ClassVar[Recipe] = RECIPES["int4"]
     aligned: ClassVar[bool] = True
 
@@ -60,6 +62,10 @@ class OpenVinoContract(CausalLMContract):
         return make
 
 
+class OpenVinoContract(OpenVinoModels, CausalLMContract):
+    pass
+
+
 class TestInt4(OpenVinoContract, EqualRowsContract):
     pass
 
@@ -67,6 +73,14 @@ class TestInt4(OpenVinoContract, EqualRowsContract):
 class TestInt4Unaligned(OpenVinoContract):
     aligned = False
     atol = 0.2  # a pass of one row goes through another kernel, which rounds otherwise
+
+
+class TestEviction(OpenVinoModels, ShallowContract):
+    @pytest.fixture(scope="class", params=["llama", "qwen2"])
+    @classmethod
+    def source(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        path = tmp_path_factory.mktemp("source") / "tiny.gguf"
+        return write_tiny_gguf(path, architecture=request.param, n_layer=1, n_vocab=512, tensor_type="F16")
 
 
 class TestTrimmed(OpenVinoContract):

@@ -8,7 +8,7 @@ from edge_spec.decoding import Drafter, NoDrafter, Session, SpeculativeDecoder
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, Stream, make_result
 from edge_spec.tokenizer import Detokenizer
-from edge_spec.types import Context, Draft, FinishReason, SamplingParams
+from edge_spec.types import Context, Draft, FinishReason, Prompt, SamplingParams
 from tests.fakes import ScriptedLM
 
 PROMPT, STOP = [257], 256
@@ -36,7 +36,7 @@ def stream_of(text: str | bytes, *, drafted: bool, stop: tuple[str, ...] = (), m
         decoder,
         Detokenizer(lambda token: bytes([token]) if token < STOP else b""),
         stop,
-        lambda stream: make_result(stream, prompt_tokens=1, info=INFO),
+        lambda stream: make_result(stream, prompt=Prompt(PROMPT), info=INFO),
     )
 
 

@@ -6,6 +6,8 @@ import mmap
 
 import numpy as np
 
+from edge_spec.backends._pages import private_pages
+
 GIVE_BACK = 8
 """Fewest blocks that are worth a call to the system; a draft that was rejected frees one or none."""
 
@@ -21,8 +23,16 @@ class BlockCache:
     def __init__(self, n_tensors: int, shape: tuple[int, ...]) -> None:
         self._block_bytes = int(np.prod(shape[1:])) * 4
         self._used = 0
-        self._maps = [_private_pages(shape[0] * self._block_bytes) for _ in range(n_tensors)]
+        self._maps = [private_pages(shape[0] * self._block_bytes) for _ in range(n_tensors)]
         self.arrays = [np.frombuffer(pages, np.float32).reshape(shape) for pages in self._maps]
+
+    def take(self, other: BlockCache, blocks: int) -> None:
+        """Copy the first `blocks` blocks of another cache, which is emptied tensor by tensor."""
+        self.use(blocks)
+        for array, old, pages in zip(self.arrays, other.arrays, other._maps, strict=True):
+            array[:blocks] = old[:blocks]
+            if hasattr(mmap, "MADV_DONTNEED"):
+                pages.madvise(mmap.MADV_DONTNEED)
 
     def use(self, blocks: int) -> None:
         """Say that the first `blocks` blocks are about to be written."""
@@ -38,10 +48,3 @@ class BlockCache:
             for pages in self._maps:
                 pages.madvise(mmap.MADV_DONTNEED, start, length)
         self._used = kept
-
-
-def _private_pages(n_bytes: int) -> mmap.mmap:
-    """Anonymous memory of this process; only private pages go back to the system when they are not needed."""
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, n_bytes)

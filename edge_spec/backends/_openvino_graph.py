@@ -45,7 +45,7 @@ def rotary_partners(config: DecoderConfig) -> tuple[NDArray[np.int64], NDArray[n
     """
     partner = np.arange(config.head_dim)
     sign = np.zeros(config.head_dim, np.float32)
-    first, second = _pairs(config)
+    first, second = config.rope_pairs
     partner[first], partner[second] = second, first
     sign[first], sign[second] = -1, 1
     return partner, sign
@@ -57,18 +57,10 @@ def rotary_factors(config: DecoderConfig, rows: int, n_ctx: int) -> tuple[NDArra
     cos = np.ones((rows, 1, config.head_dim), np.float32)
     sin = np.zeros((rows, 1, config.head_dim), np.float32)
     _, sign = rotary_partners(config)
-    for dimensions in _pairs(config):
+    for dimensions in config.rope_pairs:
         cos[:, 0, dimensions] = tables["cos"]
         sin[:, 0, dimensions] = tables["sin"] * sign[dimensions]
     return cos, sin
-
-
-def _pairs(config: DecoderConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First and second dimension of each rotary pair."""
-    dimensions = np.arange(config.rope_dim)
-    if config.rope_interleaved:
-        return dimensions[0::2], dimensions[1::2]
-    return dimensions[: config.rope_dim // 2], dimensions[config.rope_dim // 2 :]
 
 
 class _Builder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from edge_spec.types import Decoded, ModelSpec
+from edge_spec.types import Decoded, ModelSpec, Output
 
 
 class CausalLM(Protocol):
@@ -21,10 +21,11 @@ class CausalLM(Protocol):
         """Number of tokens in the cache."""
         ...
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
-        """Append `tokens` to the cache and return the logits of the last `rows` of them, shape [rows, n_vocab].
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
+        """Append `tokens` to the cache and return what is wanted of the last `rows` of them.
 
-        `0 <= rows <= min(len(tokens), spec.max_rows)`; rows 0 computes no logits. The view is valid until the next
+        That is logits, shape [rows, n_vocab], or with `Output.TOP_K` the likeliest tokens, shape [rows, k].
+        `0 <= rows <= min(len(tokens), spec.max_rows)`; rows 0 computes no logits. Views are valid until the next
         decode. Raises ContextLengthError before anything is cached if the tokens do not fit, BackendError if the
         library fails (the cache is then undefined: roll back to 0).
         """
@@ -34,6 +35,24 @@ class CausalLM(Protocol):
         """Keep the first `length` cached tokens (0 <= length <= self.length), forget the rest.
 
         Raises RollbackUnsupportedError if the backend cannot shorten its cache that far.
+        """
+        ...
+
+    def evict(self, start: int, end: int) -> None:
+        """Drop the cached tokens [start, end) (0 <= start <= end <= self.length); those behind them move down.
+
+        A token that moved counts at its new position, in rotary embeddings and windows, as if it had been read there.
+        What it took from the dropped tokens in deeper layers stays with it: no pass is paid for.
+        Raises CacheUnsupportedError where `spec.can_evict` is False.
+        """
+        ...
+
+    def resize(self, n_ctx: int) -> None:
+        """Change the cache's length to `n_ctx` tokens, with those that it holds; `spec.n_ctx` follows.
+
+        The memory of a longer cache goes back to the system. Raises UsageError, with the cache as it was, if the
+        cached tokens do not fit or the model was not trained for `n_ctx`; BackendError if there is no memory for it;
+        CacheUnsupportedError where `spec.can_resize` is False.
         """
         ...
 

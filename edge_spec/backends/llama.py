@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edge_spec.backends._cache_limits import check_evicted, check_resized
 from edge_spec.backends._cache_shape import CacheShape
 from edge_spec.backends._llama_library import (
     forget_errors,
@@ -17,18 +19,22 @@ from edge_spec.backends._llama_library import (
     last_reason,
     load_model,
 )
+from edge_spec.backends.top_k import top_k
 from edge_spec.cores import check_threads
 from edge_spec.errors import (
     BackendError,
+    BackendMemoryError,
+    CacheUnsupportedError,
     ContextLengthError,
     RollbackUnsupportedError,
     UnsupportedArchitectureError,
     UsageError,
 )
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, Logits, ModelSpec
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 _DEFAULT_N_CTX = 4096
+_ALLOCATION_FAILED = -2  # of llama_decode, for a compute buffer
 _SEQUENCE = 0  # the only sequence in the cache
 _F16_BYTES = 2  # an element of llama.cpp's KV cache, by default
 
@@ -57,45 +63,43 @@ def load(
         raise UsageError(f"max_rows={max_rows} must not exceed n_batch={n_batch}")
     library = import_library()
     with GGUFFile(path) as file:
-        shape = CacheShape.read(file)
+        shape, turns = CacheShape.read(file), _turns_keys(file)
     model = load_model(library, path)
     try:
         n_ctx = _choose_n_ctx(library, model, n_ctx, name)
         _require_plain_decoder(library, model, name)
-        context = _make_context(
-            library,
-            model,
-            n_ctx=n_ctx,
-            threads=check_threads(threads),
-            max_rows=max_rows,
-            n_batch=max(max_rows, min(n_batch, n_ctx)),
+        params = _context_params(
+            library, threads=check_threads(threads), max_rows=max_rows, n_batch=max(max_rows, min(n_batch, n_ctx))
         )
+        context = _make_context(library, model, params, n_ctx)
     except BaseException:
         library.llama_model_free(model)
         raise
-    spec = _describe(library, model, shape, name=name, n_ctx=n_ctx, max_rows=max_rows)
-    return LlamaModel(library, model, context, spec)
+    spec = _describe(library, model, context, shape, turns, name=name, n_ctx=n_ctx, max_rows=max_rows)
+    return LlamaModel(library, model, context, params, spec)
 
 
 class LlamaModel:
     """A `CausalLM` on one llama.cpp context. Made by `load`; not for use by two threads at once."""
 
-    def __init__(self, library: Any, model: Any, context: Any, spec: ModelSpec) -> None:
+    def __init__(self, library: Any, model: Any, context: Any, params: Any, spec: ModelSpec) -> None:
         self.spec = spec
         self._library = library
-        self._context = context
+        self._params = params
+        self._handles = _Handles(library, model, context)
         self._memory = library.llama_get_memory(context)
         self._window = int(library.llama_model_n_swa(model))
         self._length = 0
+        self._unturned = False
         self._batch = _Batch(library, int(library.llama_n_batch(context)))
-        self._release = weakref.finalize(self, _free, library, context, model)
+        self._release = weakref.finalize(self, self._handles.free)
 
     @property
     def length(self) -> int:
         """Number of tokens in the cache."""
         return self._length
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """Append `tokens`; the logits of the last `rows` of them, as a view on llama.cpp's own buffer.
 
         The view ends with the next decode or close. See `CausalLM.decode` for what is raised; a token outside the
@@ -114,7 +118,8 @@ class LlamaModel:
             self._run(ids[done : done + width], 0)
             done += width
         self._run(ids[done:], rows)
-        return Decoded(self._logits(len(ids) - done, rows))
+        logits = self._logits(len(ids) - done, rows)
+        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
         """Keep the first `length` cached tokens.
@@ -135,26 +140,85 @@ class LlamaModel:
                 )
         self._length = length
 
+    def evict(self, start: int, end: int) -> None:
+        """See `CausalLM.evict`; llama.cpp turns the keys that moved as part of the next decode."""
+        self._require_open()
+        check_evicted(self.spec, start, end, self._length)
+        if start == end:
+            return
+        if not self._library.llama_memory_seq_rm(self._memory, _SEQUENCE, start, end):
+            raise CacheUnsupportedError(f"{self.spec.name}: llama.cpp cannot drop tokens {start} to {end}")
+        if end < self._length:
+            self._library.llama_memory_seq_add(self._memory, _SEQUENCE, end, -1, start - end)
+            self._unturned = True
+        self._length -= end - start
+
+    def resize(self, n_ctx: int) -> None:
+        """See `CausalLM.resize`: the sequence is saved, and restored into a new context.
+
+        llama.cpp gives its caches a multiple of 256 tokens, and saves of a windowed layer only its window: rolling back
+        past that is refused afterwards. If there is no memory for the new context, the old one is
+        made again; if that fails too, the model is closed.
+        """
+        self._require_open()
+        check_resized(self.spec, self._length, n_ctx)
+        if self._unturned:
+            # A state that is saved has the new positions and the old keys.
+            self._run(np.zeros(1, np.int32), 0)
+            self.rollback(self._length - 1)
+        saved = self._save()
+        try:
+            self._renew(n_ctx, saved)
+        except BackendError:
+            try:
+                self._renew(self.spec.n_ctx, saved)
+            except BackendError:
+                self.close()
+                raise
+            raise
+        self.spec = replace(self.spec, n_ctx=n_ctx)
+
     def close(self) -> None:
         """Free context and weights; views on logits end here."""
         self._release()
 
+    def _save(self) -> ctypes.Array[ctypes.c_uint8]:
+        """The sequence's state, a copy."""
+        size = int(self._library.llama_state_seq_get_size(self._handles.context, _SEQUENCE))
+        saved: ctypes.Array[ctypes.c_uint8] = (ctypes.c_uint8 * size)()
+        if self._library.llama_state_seq_get_data(self._handles.context, saved, size, _SEQUENCE) != size:
+            raise BackendError(f"{self.spec.name}: llama.cpp did not save its cache")
+        return saved
+
+    def _renew(self, n_ctx: int, saved: ctypes.Array[ctypes.c_uint8]) -> None:
+        """Put a context of `n_ctx` tokens that holds a saved state in the place of what there is."""
+        handles = self._handles
+        handles.drop_context()
+        handles.context = _make_context(self._library, handles.model, self._params, n_ctx)
+        self._memory = self._library.llama_get_memory(handles.context)
+        size = len(saved)
+        if self._length and self._library.llama_state_seq_set_data(handles.context, saved, size, _SEQUENCE) != size:
+            raise BackendError(f"{self.spec.name}: llama.cpp did not restore its cache: {last_reason()}")
+
     def _run(self, ids: np.ndarray[Any, Any], rows: int) -> None:
         forget_errors()
-        code = self._library.llama_decode(self._context, self._batch.fill(ids, self._length, rows))
+        code = self._library.llama_decode(self._handles.context, self._batch.fill(ids, self._length, rows))
         if code != 0:
             cached = self._library.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
             self._length = max(0, int(cached))
-            raise BackendError(
+            raise (BackendMemoryError if code == _ALLOCATION_FAILED else BackendError)(
                 f"{self.spec.name}: llama.cpp failed to decode {len(ids)} tokens (code {code}): {last_reason()}"
             )
         self._length += len(ids)
+        self._unturned = False
 
     def _logits(self, width: int, rows: int) -> Logits:
         """Rows of the last pass, [rows, n_vocab], in place."""
         if rows == 0:
             return np.empty((0, self.spec.n_vocab), np.float32)
-        first, last = (self._library.llama_get_logits_ith(self._context, index) for index in (width - rows, width - 1))
+        first, last = (
+            self._library.llama_get_logits_ith(self._handles.context, index) for index in (width - rows, width - 1)
+        )
         if not first or not last:
             raise BackendError(f"{self.spec.name}: llama.cpp returned no logits for a row that was asked for")
         stride = self.spec.n_vocab * ctypes.sizeof(ctypes.c_float)
@@ -175,6 +239,26 @@ class LlamaModel:
                 f"{self.spec.name} keeps its state from position {oldest_kept} on (recurrent, or a sliding window); "
                 f"going back to {length} tokens needs it from {oldest_needed} on: roll back to 0 and read again"
             )
+
+
+class _Handles:
+    """What llama.cpp allocated: freed once, in order, whatever a model went through."""
+
+    def __init__(self, library: Any, model: Any, context: Any) -> None:
+        self._library = library
+        self.model = model
+        self.context = context
+
+    def drop_context(self) -> None:
+        """Free the context, if there is one."""
+        if self.context:
+            self._library.llama_free(self.context)
+        self.context = None
+
+    def free(self) -> None:
+        """Free everything."""
+        self.drop_context()
+        self._library.llama_model_free(self.model)
 
 
 class _Batch:
@@ -220,6 +304,13 @@ def _checked_ids(tokens: Sequence[int], n_vocab: int) -> np.ndarray[Any, Any]:
     return ids
 
 
+def _turns_keys(file: GGUFFile) -> bool:
+    """Whether llama.cpp turns cached keys to other positions rightly: it multiplies them by the magnitude of the
+    rotary embedding once more, so that has to be 1 (measured with 0.3.36)."""
+    factors = [file.hparam_float(f"rope.scaling.{name}", 1.0) for name in ("attn_factor", "yarn_attn_factor")]
+    return file.hparam_str("rope.scaling.type", "none") != "yarn" and factors == [1, 1]
+
+
 def _choose_n_ctx(library: Any, model: Any, n_ctx: int | None, name: str) -> int:
     trained = int(library.llama_model_n_ctx_train(model))
     if n_ctx is None:
@@ -235,15 +326,19 @@ def _require_plain_decoder(library: Any, model: Any, name: str) -> None:
         raise UnsupportedArchitectureError(f"{name} is not a causal language model (an encoder, or a diffusion model)")
 
 
-def _make_context(library: Any, model: Any, *, n_ctx: int, threads: int, max_rows: int, n_batch: int) -> Any:
+def _context_params(library: Any, *, threads: int, max_rows: int, n_batch: int) -> Any:
     params = library.llama_context_default_params()
-    params.n_ctx = n_ctx
     params.n_batch = params.n_ubatch = n_batch
     params.n_threads = params.n_threads_batch = threads
     params.n_seq_max = 1
     params.swa_full = True  # a window cut short could not be rolled back
     # More outputs than announced abort the process, and by default logits for a whole batch are reserved.
     params.n_outputs_max = params.n_outputs_max_per_seq = max_rows
+    return params
+
+
+def _make_context(library: Any, model: Any, params: Any, n_ctx: int) -> Any:
+    params.n_ctx = n_ctx
     forget_errors()
     context = library.llama_init_from_model(model, params)
     if not context:
@@ -251,7 +346,23 @@ def _make_context(library: Any, model: Any, *, n_ctx: int, threads: int, max_row
     return context
 
 
-def _describe(library: Any, model: Any, shape: CacheShape, *, name: str, n_ctx: int, max_rows: int) -> ModelSpec:
+def _describe(
+    library: Any,
+    model: Any,
+    context: Any,
+    shape: CacheShape,
+    turns: bool,
+    *,
+    name: str,
+    n_ctx: int,
+    max_rows: int,
+) -> ModelSpec:
+    keeps_tokens = not (
+        library.llama_model_is_recurrent(model)
+        or library.llama_model_is_hybrid(model)
+        # A windowed layer writes into places that its window has left, and dropping tokens moves the window back.
+        or library.llama_model_n_swa(model)
+    )
     return ModelSpec(
         name=name,
         architecture=shape.architecture,
@@ -265,9 +376,7 @@ def _describe(library: Any, model: Any, shape: CacheShape, *, name: str, n_ctx: 
         kv_bytes_per_token=shape.elements_per_token * _F16_BYTES,
         max_rows=max_rows,
         row_alignment=None,  # llama.cpp picks its kernels by the number of rows, and their sums differ
+        kv_type="f16",
+        can_evict=turns and keeps_tokens and bool(library.llama_memory_can_shift(library.llama_get_memory(context))),
+        can_resize=True,
     )
-
-
-def _free(library: Any, context: Any, model: Any) -> None:
-    library.llama_free(context)
-    library.llama_model_free(model)

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
+from edge_spec.backends._contiguous_cache import ContiguousCache
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import BackendError, BackendMemoryError, ContextLengthError, ModelFormatError, UsageError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, Logits, ModelSpec
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 EMBEDDING = "token_embd.weight"
 
@@ -38,10 +41,8 @@ class OnnxModel:
         import onnxruntime as ort
 
         config = export.config
-        if config.n_ctx_exact and n_ctx > config.n_ctx_exact:
-            raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_exact} tokens")
+        check_exact(config, name, n_ctx)
         self._padding = 1
-        self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
         max_rows = round_up(max_rows, MAX_ALIGNMENT)
         self._spec = ModelSpec(
             name=name,
@@ -56,7 +57,10 @@ class OnnxModel:
             kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
             max_rows=max_rows,
             row_alignment=None,
+            can_evict=True,
+            can_resize=True,
         )
+        self._config = config
         self._length = 0
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
@@ -70,10 +74,13 @@ class OnnxModel:
             )
             self._binding: Any = self._session.io_binding()
             self._run_options = ort.RunOptions()
-            self._logits: Logits = np.full((max_rows, config.n_vocab), -np.inf, np.float32)
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
+            self._logits: Logits = (
+                np.empty((max_rows, config.n_vocab), np.float32) if self._head is None else self._head.logits
+            )
             self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
-            self._bind_constants(export)
+            self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx))
+            self._bind_cache()
 
     @property
     def spec(self) -> ModelSpec:
@@ -85,7 +92,7 @@ class OnnxModel:
         """Cached tokens."""
         return self._length
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """See `CausalLM.decode`."""
         self._require_open()
         n = len(tokens)
@@ -101,22 +108,40 @@ class OnnxModel:
         self._bind("rows", wanted)
         self._bind("seqlens_k", np.array([total - 1], np.int32))
         self._bind("total_sequence_length", np.array(total, np.int32))
-        scored = self._logits if self._head is None else self._head.logits
-        self._bind_output("logits", (1, len(wanted), scored.shape[1]), scored)
+        self._bind_output("logits", (1, len(wanted), self._logits.shape[1]), self._logits)
         if self._head is not None:
             self._bind_output("hidden", (1, len(wanted), self._head.hidden.shape[1]), self._head.hidden)
         with _translated(f"decoding {n} tokens"):
             self._session.run_with_iobinding(self._binding, self._run_options)
         self._length += n
         if self._head is not None:
-            self._head.spread(self._logits, rows)
-        return Decoded(self._logits[:rows])
+            return self._head.read(rows, want)
+        logits = self._logits[:rows]
+        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, at no cost."""
         if not 0 <= length <= self._length:
             raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
         self._length = length
+
+    def evict(self, start: int, end: int) -> None:
+        """See `CausalLM.evict`; costs a copy of what moves."""
+        self._require_open()
+        check_evicted(self._spec, start, end, self._length)
+        if start < end:
+            self._cache.evict(start, end, self._length)
+            self._length -= end - start
+
+    def resize(self, n_ctx: int) -> None:
+        """See `CausalLM.resize`; a smaller cache is never held beside the larger one."""
+        self._require_open()
+        check_resized(self._spec, self._length, n_ctx)
+        check_exact(self._config, self._spec.name, n_ctx)
+        with _translated(f"a cache of {n_ctx} tokens"):
+            self._cache.resize(n_ctx, _capacity(n_ctx), self._length)
+            self._spec = replace(self._spec, n_ctx=n_ctx)
+            self._bind_cache()
 
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
@@ -137,6 +162,7 @@ class OnnxModel:
         self._embeddings.close()
         # The binding points into what is held, and goes first.
         self._binding = self._session = self._head = None
+        self._cache = None
         self._held.clear()
         self._logits = np.empty((0, 0), np.float32)
 
@@ -152,16 +178,14 @@ class OnnxModel:
             raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
         return self._embeddings.dequantize(EMBEDDING, ids)[None]
 
-    def _bind_constants(self, export: Export) -> None:
+    def _bind_cache(self) -> None:
         """Bind the rotary tables and, each both as past and as present, the cache."""
-        for name, table in export.config.rope_inputs(self._capacity, self._spec.n_ctx).items():
+        n_ctx = self._spec.n_ctx
+        for name, table in self._config.rope_inputs(_capacity(n_ctx), n_ctx).items():
             self._bind(name, table)
-        shape = (1, self._spec.n_kv_heads, self._capacity, self._spec.head_dim)
-        for layer in range(self._spec.n_layer):
-            for kind in ("key", "value"):
-                cache = np.zeros(shape, np.float32)
-                self._bind(f"past_{kind}.{layer}", cache)
-                self._bind_output(f"{kind}.{layer}", shape, cache)
+        for name, cache in self._cache.arrays():
+            self._bind(f"past_{name}", cache)
+            self._bind_output(name, cache.shape, cache)
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._held[name] = array
@@ -169,6 +193,11 @@ class OnnxModel:
 
     def _bind_output(self, name: str, shape: tuple[int, ...], array: NDArray[np.float32]) -> None:
         self._binding.bind_output(name, "cpu", 0, np.float32, shape, array.ctypes.data)
+
+
+def _capacity(n_ctx: int) -> int:
+    """Tokens that a cache needs room for: the padding of the last one too."""
+    return n_ctx + MAX_ALIGNMENT - 1
 
 
 def _session_options(ort: Any, threads: int) -> Any:

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._block_cache import BlockCache
+from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
 from edge_spec.backends._openvino_limits import check_expressible
+from edge_spec.backends._paged_cache import PagedCache
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.backends.onnx import EMBEDDING, MEMORY_REMEDY
+from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import (
     BackendError,
@@ -34,10 +36,7 @@ from edge_spec.export import Export
 from edge_spec.export.graph import Weights
 from edge_spec.export.stored import give_back, map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, Logits, ModelSpec
-
-BLOCK = 32
-"""Tokens in a block of the cache; the plugin's own figure, which its attention insists on."""
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 
 class OpenVinoModel:
@@ -51,11 +50,9 @@ class OpenVinoModel:
     def __init__(self, export: Export, *, name: str, n_ctx: int, threads: int, max_rows: int = 16) -> None:
         config = export.config
         check_expressible(config, name, n_ctx)
-        if config.n_ctx_exact and n_ctx > config.n_ctx_exact:
-            raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_exact} tokens")
+        check_exact(config, name, n_ctx)
         ov = import_library()
         self._padding = 1
-        self._capacity = n_ctx + MAX_ALIGNMENT - 1  # the padding of the last token needs room too
         max_rows = round_up(max_rows, MAX_ALIGNMENT)
         self._spec = ModelSpec(
             name=name,
@@ -70,7 +67,10 @@ class OpenVinoModel:
             kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
             max_rows=max_rows,
             row_alignment=None,
+            can_evict=True,
+            can_resize=True,
         )
+        self._config = config
         self._length = 0
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
@@ -87,16 +87,14 @@ class OpenVinoModel:
             "ENABLE_CPU_PINNING": False,
         }
         with _translated(ov, f"loading {name}"):
-            self._cos, self._sin = rotary_factors(config, self._capacity, n_ctx)
+            self._cache: Any = PagedCache(config, _capacity(n_ctx))
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
-            # Only a trimmed head's logits have to be spread; a whole one's are read where they are.
-            self._spread: Logits = np.full((max_rows if self._head else 0, config.n_vocab), -np.inf, np.float32)
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = _core().compile_model(model, "CPU", settings)
             self._request: Any = self._compiled.create_infer_request()
             self._ov = ov
             self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
-            self._set_cache()
+            self._bind_cache()
         # The first pass copies the weights into an order of the plugin's own, and is done with the file.
         self.decode([0], rows=0)
         self.rollback(0)
@@ -112,7 +110,7 @@ class OpenVinoModel:
         """Cached tokens."""
         return self._length
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """See `CausalLM.decode`."""
         self._require_open()
         n = len(tokens)
@@ -124,8 +122,7 @@ class OpenVinoModel:
         total = start + padded
         wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
         wanted[:rows] = np.arange(n - rows, n)
-        blocks = -(-total // BLOCK)
-        self._cache.use(blocks)
+        blocks = self._cache.use(total)
         self._set("embeddings", self._embed(tokens, padded))
         self._set("rows", wanted)
         self._set("cos", self._cos[start:total])
@@ -139,14 +136,33 @@ class OpenVinoModel:
             self._request.infer(share_outputs=True)
             outputs = [tensor.data for tensor in self._request.output_tensors]
         self._length += n
-        return Decoded(self._scored(*outputs, rows=rows))
+        return self._scored(*outputs, rows=rows, want=want)
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, and the memory of what is forgotten goes back to the system."""
         if not 0 <= length <= self._length:
             raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
         self._length = length
-        self._cache.forget(-(-length // BLOCK))
+        self._cache.forget(length)
+
+    def evict(self, start: int, end: int) -> None:
+        """See `CausalLM.evict`; costs a copy of what moves."""
+        self._require_open()
+        check_evicted(self._spec, start, end, self._length)
+        if start < end:
+            self._cache.evict(start, end, self._length)
+            self.rollback(self._length - (end - start))
+
+    def resize(self, n_ctx: int) -> None:
+        """See `CausalLM.resize`. Memory follows what is cached, whatever the window."""
+        self._require_open()
+        check_resized(self._spec, self._length, n_ctx)
+        check_exact(self._config, self._spec.name, n_ctx)
+        check_expressible(self._config, self._spec.name, n_ctx)
+        with _translated(self._ov, f"a cache of {n_ctx} tokens"):
+            self._cache.resize(_capacity(n_ctx), self._length)
+            self._spec = replace(self._spec, n_ctx=n_ctx)
+            self._bind_cache()
 
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
@@ -169,8 +185,7 @@ class OpenVinoModel:
         self._request = self._compiled = None
         self._weights = self._head = None
         self._held.clear()
-        self._spread = np.empty((0, 0), np.float32)
-        self._cache = BlockCache(0, (0,))
+        self._cache = None
 
     def _require_open(self) -> None:
         if self._request is None:
@@ -184,27 +199,28 @@ class OpenVinoModel:
             raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
         return self._embeddings.dequantize(EMBEDDING, ids)
 
-    def _scored(self, logits: Logits, *hidden: NDArray[np.float32], rows: int) -> Logits:
-        """The logits of `rows` rows over the whole vocabulary, from what the graph wrote."""
-        if self._head is None:
-            return logits[:rows]
-        self._head.logits[:rows], self._head.hidden[:rows] = logits[:rows], hidden[0][:rows]
-        self._head.spread(self._spread, rows)
-        return self._spread[:rows]
+    def _scored(self, logits: Logits, *hidden: NDArray[np.float32], rows: int, want: Output) -> Decoded:
+        """What is wanted of `rows` rows, from what the graph wrote."""
+        if self._head is not None:
+            self._head.logits[:rows], self._head.hidden[:rows] = logits[:rows], hidden[0][:rows]
+            return self._head.read(rows, want)
+        return Decoded(logits[:rows]) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits[:rows]))
 
-    def _set_cache(self) -> None:
-        """Give the request the blocks of each layer's keys and values."""
-        spec = self._spec
-        shape = (-(-self._capacity // BLOCK), spec.n_kv_heads, BLOCK, spec.head_dim)
-        self._cache = BlockCache(2 * spec.n_layer, shape)
-        arrays = iter(self._cache.arrays)
-        for layer in range(spec.n_layer):
-            for kind in ("key", "value"):
-                self._set(f"{kind}_cache.{layer}", next(arrays))
+    def _bind_cache(self) -> None:
+        """Make the rotary factors, and give the request the blocks of each layer's keys and values."""
+        n_ctx = self._spec.n_ctx
+        self._cos, self._sin = rotary_factors(self._config, _capacity(n_ctx), n_ctx)
+        for name, array in self._cache.arrays():
+            self._set(name, array)
 
     def _set(self, name: str, array: NDArray[Any]) -> None:
         self._held[name] = array
         self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
+
+
+def _capacity(n_ctx: int) -> int:
+    """Tokens that a cache needs room for: the padding of the last one too."""
+    return n_ctx + MAX_ALIGNMENT - 1
 
 
 def _smallest_block(weights: Weights) -> int:

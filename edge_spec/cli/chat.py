@@ -12,7 +12,7 @@ import typer
 from edge_spec.cli import options
 from edge_spec.cli.console import FAILED, INTERRUPTED
 from edge_spec.cli.conversation import Conversation
-from edge_spec.cli.options import BackendName, DrafterName
+from edge_spec.cli.options import BackendName, DrafterName, OnFull
 from edge_spec.cli.progress import ProgressDisplay
 from edge_spec.cli.status import banner, remark, remark_notes
 from edge_spec.errors import UsageError
@@ -25,6 +25,7 @@ def chat(
     system: options.SystemOption = None,
     max_tokens: options.MaxTokensOption = None,
     stop: options.StopOption = None,
+    on_full: options.OnFullOption = OnFull.TURNS,
     pair: options.PairOption = None,
     target: options.TargetOption = None,
     draft: options.DraftOption = None,
@@ -86,6 +87,7 @@ def chat(
         conversation = Conversation(
             engine,
             system=system,
+            on_full=on_full.value,
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stops,

@@ -36,6 +36,7 @@ class Conversation:
         engine: Engine,
         *,
         system: str | None,
+        on_full: str,
         max_tokens: int | None,
         sampling: SamplingParams,
         stop: Sequence[str],
@@ -48,7 +49,7 @@ class Conversation:
         self.interrupted = False
         """Ctrl-C stopped the last turn."""
         self._info = engine.info
-        self._chat = engine.chat(system=system)
+        self._chat = engine.chat(system=system, on_full=on_full)
         self._max_tokens = max_tokens
         self._sampling = sampling
         self._stop = stop

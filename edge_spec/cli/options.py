@@ -30,6 +30,13 @@ class BackendName(StrEnum):
     LLAMA = "llama"
 
 
+class OnFull(StrEnum):
+    """What a conversation does when it outgrows the window."""
+
+    TURNS = "turns"
+    ERROR = "error"
+
+
 class DrafterName(StrEnum):
     """Where proposed tokens come from."""
 
@@ -80,6 +87,14 @@ RamOption = Annotated[
     typer.Option(
         help="Most memory to hold: a size like 3GiB, or a device's name (default: what the machine has to spare).",
         rich_help_panel=_MODEL,
+    ),
+]
+OnFullOption = Annotated[
+    OnFull,
+    typer.Option(
+        help="What happens to a conversation that outgrows the window: turns drops the oldest but the first, "
+        "error refuses the turn.",
+        rich_help_panel=_TEXT,
     ),
 ]
 NoPadOption = Annotated[

@@ -90,6 +90,7 @@ class SpeculativeDecoder:
         stop_ids: Collection[int] = (),
         max_draft: int | None = None,
         references: Sequence[Sequence[int]] = (),
+        archive: Sequence[int] = (),
         cancelled: Callable[[], bool] | None = None,
         on_progress: Progress | None = None,
         supervisor: Supervisor | None = None,
@@ -99,9 +100,9 @@ class SpeculativeDecoder:
         Ends at a stop id (STOP), after `max_tokens` (LENGTH; None: no limit), when prompt and new tokens fill n_ctx
         (CONTEXT_FULL), or when `cancelled()` turns true or `on_progress(read, to_read)`, called while the prompt is
         being read, returns False (CANCELLED; takes effect within one step, or one chunk of the prompt).
-        `max_draft` caps the drafts of all drafters. `references`: texts, as ids, that a drafter may copy from.
-        `supervisor` may step in between steps, and between the chunks of the prompt. Leaving the iterator early is
-        fine.
+        `max_draft` caps the drafts of all drafters. `references`: texts, as ids, that a drafter may copy from;
+        `archive`: what the context has lost, which may be copied from too. `supervisor` may step in between steps, and
+        between the chunks of the prompt. Leaving the iterator early is fine.
 
         Raises at the call: UsageError, ContextLengthError (the prompt leaves no room for a token).
         """
@@ -127,6 +128,7 @@ class SpeculativeDecoder:
             n_vocab=spec.n_vocab,
             stop_ids=frozenset(stop_ids),
             references=tuple(tuple(text) for text in references),
+            archive=tuple(archive),
             cancelled=interruptions.wanted,
         )
         limits = _Limits(

@@ -27,6 +27,8 @@ class Request:
     """A draft ends after one of these: what would follow is never written."""
     references: tuple[tuple[int, ...], ...] = ()
     """Texts, as ids, that the answer may copy from."""
+    archive: tuple[int, ...] = ()
+    """Text, as ids, that was in the context and is no longer."""
     cancelled: Callable[[], bool] = lambda: False
     """For a drafter whose work takes long: it raises GenerationCancelled soon after this turns true."""
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from edge_spec.backends.base import CausalLM, PaddedRows
 from edge_spec.decoding.prefix import common_prefix
 from edge_spec.errors import ContextLengthError, GenerationCancelled, RollbackUnsupportedError
-from edge_spec.types import Context, Decoded, ModelSpec, Progress
+from edge_spec.types import Context, Decoded, ModelSpec, Output, Progress
 
 PREFILL_CHUNK = 128
 """Tokens read at a time: enough for full speed, few enough that cancelling is felt at once."""
@@ -27,6 +27,7 @@ class Session:
         self._chunk = chunk
         # None: unknown, because a call into the backend did not come back. The next use then starts from nothing.
         self._cached: list[int] | None = None
+        self._asked = 0
         self.num_refused_rollbacks = 0
         """Times that the backend could not shorten its cache, so that a whole context had to be read again."""
 
@@ -35,10 +36,21 @@ class Session:
         """What the model is and can do."""
         return self._model.spec
 
+    @property
+    def asked_length(self) -> int:
+        """Tokens of the sequence that was asked for last."""
+        return self._asked
+
     def decode(
-        self, context: Context, *, rows: int = 1, on_progress: Progress | None = None, chunk: int | None = None
+        self,
+        context: Context,
+        *,
+        rows: int = 1,
+        want: Output = Output.LOGITS,
+        on_progress: Progress | None = None,
+        chunk: int | None = None,
     ) -> Decoded:
-        """Bring the cache to `context` and return the logits of its last `rows` positions, shape [rows, n_vocab].
+        """Bring the cache to `context` and return what is wanted of its last `rows` positions: see `CausalLM.decode`.
 
         Reads only what the cache does not hold, `chunk` tokens (by default the session's) at a time, calling
         `on_progress(read, to_read)` after each; at least the last `rows` tokens are read again.
@@ -53,15 +65,16 @@ class Session:
         if len(sequence) > self.spec.n_ctx:
             raise ContextLengthError(len(sequence), self.spec.n_ctx)
 
+        self._asked = len(sequence)
         position = start = self._keep_prefix_of(sequence, len(sequence) - rows)
         chunk = max(chunk or self._chunk, rows)
         while len(sequence) - position > chunk:
             # What is left over for the last read must hold all the rows.
             stop = min(position + chunk, len(sequence) - rows)
-            self._append(sequence[position:stop], 0)
+            self._append(sequence[position:stop], 0, want)
             position = stop
             _report(on_progress, position - start, len(sequence) - start)
-        decoded = self._append(sequence[position:], rows)
+        decoded = self._append(sequence[position:], rows, want)
         _report(on_progress, len(sequence) - start, len(sequence) - start)
         return decoded
 
@@ -74,6 +87,19 @@ class Session:
         reach = getattr(self._model, "reach", None)
         if reach is not None:
             reach(tokens)
+
+    def resize(self, n_ctx: int) -> None:
+        """Change the window to `n_ctx` tokens, which a cache gives memory back for; see `CausalLM.resize`.
+
+        Of what is cached the beginning stays, as far as it fits.
+        """
+        cached = self._cached
+        self._cached = None
+        if cached is None or len(cached) > n_ctx:
+            cached = (cached or [])[:n_ctx]
+            self._model.rollback(len(cached))
+        self._model.resize(n_ctx)
+        self._cached = cached
 
     def forget(self) -> None:
         """Take the cache for empty: the next decode reads its whole sequence."""
@@ -117,11 +143,11 @@ class Session:
         self._cached = [] if cached is None else cached[:length]
         return length
 
-    def _append(self, tokens: list[int], rows: int) -> Decoded:
+    def _append(self, tokens: list[int], rows: int, want: Output) -> Decoded:
         # The cache counts as unknown while the backend works, so that whatever interrupts it leaves no false belief.
         cached, self._cached = self._cached, None
         assert cached is not None
-        decoded = self._model.decode(tokens, rows=rows)
+        decoded = self._model.decode(tokens, rows=rows, want=want)
         cached += tokens
         self._cached = cached
         return decoded

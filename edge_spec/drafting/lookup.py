@@ -22,6 +22,8 @@ class LookupDrafter(Drafter):
     `max_draft`: the longer the match, the surer its continuation. With `bold` it always proposes `max_draft`, for a
     planner to cut. The confidence of a token is the number of tokens before it that match.
 
+    What the context has lost counts as standing before it.
+
     The index chains the places of each pair of tokens, as LZ77 compressors do. It grows and shrinks with the context
     at its end, so a step costs time by what changed, not by the context's length.
     """
@@ -33,17 +35,19 @@ class LookupDrafter(Drafter):
         self._max_draft = max_draft
         self._bold = bold
         self._stop_ids: frozenset[int] = frozenset()
+        self._archive: list[int] = []
         self._tokens: list[int] = []
         self._pairs: _Places[tuple[int, int]] = _Places()
         self._singles: _Places[int] = _Places()
 
     def start(self, request: Request) -> None:
-        """Learn the stop ids. The index is kept: the next context often continues the last."""
+        """Learn the stop ids and what was lost. The index is kept: the next context often continues the last."""
         self._stop_ids = request.stop_ids
+        self._archive = list(request.archive)
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         """What followed the longest match, as far as it is worth it."""
-        self._follow(context if isinstance(context, list) else list(context))
+        self._follow([*self._archive, *context])
         end, length = self._longest_match()
         if length < self._min_match:
             return Draft([], source=self.name)

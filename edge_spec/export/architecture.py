@@ -90,24 +90,35 @@ class DecoderConfig:
 
     def rope_inputs(self, rows: int, n_ctx: int) -> dict[str, NDArray[np.float32]]:
         """The rotary tables of `rows` positions, float32 [rows, rope_dim/2], for a cache of `n_ctx` tokens."""
+        tables: dict[str, NDArray[np.float32]] = {}
+        for layer in range(self.n_layer):
+            names = self.rope_of(layer)
+            if names and names[0] not in tables:
+                angles = np.outer(np.arange(rows, dtype=np.float64), self.rope_frequencies(layer, n_ctx))
+                turned = np.cos(angles) * self.rope_magnitude, np.sin(angles) * self.rope_magnitude
+                tables |= {name: table.astype(np.float32) for name, table in zip(names, turned, strict=True)}
+        return tables
+
+    def rope_frequencies(self, layer: int, n_ctx: int) -> NDArray[np.float64]:
+        """What each rotary pair of a layer turns by from one position to the next, radians, float64 [rope_dim/2]
+        (arXiv 2104.09864), in a cache of `n_ctx` tokens; zeros if the layer does not rotate."""
+        names = self.rope_of(layer)
+        if not names:
+            return np.zeros(self.rope_dim // 2)
+        local = names[0] == "cos.local"
+        base = self.rope_local_base if local else self.rope_base
+        frequencies = base ** (-np.arange(0, self.rope_dim, 2, dtype=np.float64) / self.rope_dim)
         long = self.rope_long_factors is not None and n_ctx > self.rope_short_ctx
         factors = self.rope_long_factors if long else self.rope_factors
-        tables = dict(zip(("cos", "sin"), self._rope_tables(rows, self.rope_base, factors), strict=True))
-        if self.rope_local_base:
-            local = self._rope_tables(rows, self.rope_local_base, None)
-            tables |= dict(zip(("cos.local", "sin.local"), local, strict=True))
-        return {name: tables[name] for name in self.rope_names}
+        return frequencies if local or factors is None else frequencies / np.asarray(factors, dtype=np.float64)
 
-    def _rope_tables(
-        self, rows: int, base: float, factors: tuple[float, ...] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Cosines and sines (rotary embedding, arXiv 2104.09864)."""
-        frequencies = base ** (-np.arange(0, self.rope_dim, 2, dtype=np.float64) / self.rope_dim)
-        if factors is not None:
-            frequencies = frequencies / np.asarray(factors, dtype=np.float64)
-        angles = np.outer(np.arange(rows, dtype=np.float64), frequencies)
-        cos, sin = np.cos(angles) * self.rope_magnitude, np.sin(angles) * self.rope_magnitude
-        return cos.astype(np.float32), sin.astype(np.float32)
+    @property
+    def rope_pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First and second dimension of each rotary pair, int64 [rope_dim/2] each."""
+        dimensions = np.arange(self.rope_dim)
+        if self.rope_interleaved:
+            return dimensions[0::2], dimensions[1::2]
+        return dimensions[: self.rope_dim // 2], dimensions[self.rope_dim // 2 :]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the export's metadata, without those that are as in most decoders."""

@@ -26,7 +26,7 @@ class Governor:
 
     `own` tells of the process, `machine` of all around it. Acts when a signal is HIGH, and goes on, rung by rung, until
     none is above EASING's mark: so it does not act twice for the same shortage, nor for one that swings about a mark.
-    It stops the generation only while memory is short right then.
+    It stops the generation only while memory is short right then; `on_stop` then makes room for the next one.
     """
 
     def __init__(
@@ -35,11 +35,13 @@ class Governor:
         machine: Sequence[Signal],
         rungs: Sequence[Rung],
         *,
+        on_stop: Rung = lambda: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._own = own
         self._machine = machine
         self._rungs = rungs
+        self._on_stop = on_stop
         self._clock = clock
         self._own_at = self._machine_at = self._settled_at = float("-inf")
         self._around = Reading(Level.CALM)
@@ -79,6 +81,8 @@ class Governor:
         if failure is None and reading is not None and reading.level is not Level.HIGH:
             return None  # nothing left to give, and no need to end the answer
         self._stopped = f"memory: stopped, because {reason} and there is nothing left to give back"
+        if (done := self._on_stop()) is not None:
+            self._measures.append(f"memory: {done}, for what comes next")
         return FinishReason.MEMORY
 
     def _look(self) -> None:

@@ -1,0 +1,31 @@
+"""What a cache refuses, in the same words on every backend."""
+
+from __future__ import annotations
+
+from edge_spec.errors import CacheUnsupportedError, UsageError
+from edge_spec.export.architecture import DecoderConfig
+from edge_spec.types import ModelSpec
+
+
+def check_evicted(spec: ModelSpec, start: int, end: int, length: int) -> None:
+    """CacheUnsupportedError or UsageError unless [start, end) can be dropped from a cache of `length` tokens."""
+    if not spec.can_evict:
+        raise CacheUnsupportedError(f"{spec.name}: its {spec.kv_type} cache cannot drop tokens from its middle")
+    if not 0 <= start <= end <= length:
+        raise UsageError(f"cannot evict tokens {start} to {end}: {length} are cached")
+
+
+def check_resized(spec: ModelSpec, length: int, n_ctx: int) -> None:
+    """CacheUnsupportedError or UsageError unless a cache of `length` tokens can get room for `n_ctx`."""
+    if not spec.can_resize:
+        raise CacheUnsupportedError(f"{spec.name}: its cache cannot change its length")
+    if not 1 <= n_ctx <= spec.n_ctx_train:
+        raise UsageError(f"n_ctx={n_ctx}: {spec.name} takes from 1 to {spec.n_ctx_train} tokens")
+    if n_ctx < length:
+        raise UsageError(f"n_ctx={n_ctx}: {length} tokens are cached; evict some or roll back before")
+
+
+def check_exact(config: DecoderConfig, name: str, n_ctx: int) -> None:
+    """UsageError if an export is not right for so many tokens."""
+    if config.n_ctx_exact and n_ctx > config.n_ctx_exact:
+        raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_exact} tokens")

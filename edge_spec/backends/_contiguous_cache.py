@@ -1,0 +1,63 @@
+"""A KV cache whose tokens follow each other in one array a layer and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.backends._pages import paged_array
+from edge_spec.backends._rotation import turn_keys
+from edge_spec.export.architecture import DecoderConfig
+
+
+class ContiguousCache:
+    """Keys and values of each layer, float32 [1, n_kv_head, capacity, head_dim], keys with their rotary embedding.
+
+    `n_ctx` decides the rotary embedding where that depends on the window; `capacity` tokens have room.
+    """
+
+    def __init__(self, config: DecoderConfig, n_ctx: int, capacity: int) -> None:
+        self._config = config
+        self._n_ctx = n_ctx
+        self._capacity = capacity
+        pairs = [self._allocate(capacity) for _ in range(config.n_layer)]
+        self.keys, self.values = [key for key, _ in pairs], [value for _, value in pairs]
+
+    def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Each array under the name that the graph gives it: `key.0`, `value.0`, `key.1`, …"""
+        for layer in range(self._config.n_layer):
+            yield f"key.{layer}", self.keys[layer]
+            yield f"value.{layer}", self.values[layer]
+
+    def evict(self, start: int, end: int, length: int) -> None:
+        """Drop tokens [start, end) of `length`; those behind move down, and their keys turn back by as much."""
+        source, target = slice(end, length), slice(start, start + length - end)
+        for layer in range(self._config.n_layer):
+            angles = (start - end) * self._config.rope_frequencies(layer, self._n_ctx)
+            keys, values = self.keys[layer], self.values[layer]
+            keys[:, :, target] = turn_keys(self._config, keys[:, :, source], angles)
+            values[:, :, target] = values[:, :, source].copy()
+
+    def resize(self, n_ctx: int, capacity: int, length: int) -> None:
+        """Take arrays of another capacity for the first `length` tokens; the old ones go layer by layer.
+
+        Raises MemoryError with the cache as it was: all of a larger one is allocated first, and a smaller one as the
+        old one goes, so that the two are never held together.
+        """
+        fresh = (self._allocate(capacity) for _ in range(self._config.n_layer))
+        positions = np.arange(length)[:, None]
+        for layer, (key, value) in enumerate(list(fresh) if capacity > self._capacity else fresh):
+            old, new = (self._config.rope_frequencies(layer, window) for window in (self._n_ctx, n_ctx))
+            kept = self.keys[layer][:, :, :length]
+            unturned = np.array_equal(old, new)
+            key[:, :, :length] = kept if unturned else turn_keys(self._config, kept, positions * (new - old))
+            value[:, :, :length] = self.values[layer][:, :, :length]
+            self.keys[layer], self.values[layer] = key, value
+        self._n_ctx, self._capacity = n_ctx, capacity
+
+    def _allocate(self, capacity: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        shape = (1, self._config.n_kv_head, capacity, self._config.head_dim)
+        return paged_array(shape, np.float32), paged_array(shape, np.float32)

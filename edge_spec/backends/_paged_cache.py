@@ -1,0 +1,68 @@
+"""A KV cache in blocks of tokens: which names, shapes and places keys and values of each layer have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.backends._block_cache import BlockCache
+from edge_spec.backends._rotation import turn_keys
+from edge_spec.export.architecture import DecoderConfig
+
+BLOCK = 32
+"""Tokens in a block; the plugin's own figure, which its attention insists on."""
+
+
+class PagedCache:
+    """Keys and values of each layer, float32 [blocks, n_kv_head, 32, head_dim], for `capacity` tokens.
+
+    A sequence's blocks follow each other from the first on. Memory follows what is cached.
+    """
+
+    def __init__(self, config: DecoderConfig, capacity: int) -> None:
+        self._config = config
+        self._blocks = self._allocate(capacity)
+
+    def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Each array under the name that the graph gives it: `key_cache.0`, `value_cache.0`, …"""
+        for index, array in enumerate(self._blocks.arrays):
+            yield f"{('key', 'value')[index % 2]}_cache.{index // 2}", array
+
+    def use(self, length: int) -> int:
+        """Say that so many tokens are about to be cached; the number of blocks that they take."""
+        self._blocks.use(blocks_of(length))
+        return blocks_of(length)
+
+    def forget(self, length: int) -> None:
+        """Keep the first `length` tokens; the system gets the memory of the others, if they are many."""
+        self._blocks.forget(blocks_of(length))
+
+    def evict(self, start: int, end: int, length: int) -> None:
+        """Drop tokens [start, end) of `length`; those behind move down, and their keys turn back by as much."""
+        source, target = np.arange(end, length), np.arange(start, start + length - end)
+        for index, array in enumerate(self._blocks.arrays):
+            moved = array[source // BLOCK, :, source % BLOCK]
+            if index % 2 == 0:
+                # The graph knows no rotary embedding that depends on the window.
+                frequencies = self._config.rope_frequencies(index // 2, 0)
+                moved = turn_keys(self._config, moved, (start - end) * frequencies)
+            array[target // BLOCK, :, target % BLOCK] = moved
+
+    def resize(self, capacity: int, length: int) -> None:
+        """Take blocks for another capacity, with the first `length` tokens; the old ones go tensor by tensor."""
+        blocks = self._allocate(capacity)
+        blocks.take(self._blocks, blocks_of(length))
+        self._blocks = blocks
+
+    def _allocate(self, capacity: int) -> BlockCache:
+        config = self._config
+        shape = (blocks_of(capacity), config.n_kv_head, BLOCK, config.head_dim)
+        return BlockCache(2 * config.n_layer, shape)
+
+
+def blocks_of(length: int) -> int:
+    """Blocks that so many tokens take."""
+    return -(-length // BLOCK)

@@ -1,0 +1,23 @@
+"""Turn cached keys, which carry the rotary embedding of their position, to other positions."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.export.architecture import DecoderConfig
+
+
+def turn_keys(config: DecoderConfig, keys: NDArray[np.float32], angles: NDArray[np.float64]) -> NDArray[np.float32]:
+    """`keys` [..., head_dim] with each rotary pair turned by `angles` [..., rope_dim/2], radians; a copy.
+
+    A rotary embedding is a rotation by position times frequency (arXiv 2104.09864), so a key of position p becomes
+    one of position p + d by a further turn by d times the frequency; a magnitude is in the key already.
+    """
+    first, second = config.rope_pairs
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    left, right = keys[..., first], keys[..., second]
+    turned = keys.copy()
+    turned[..., first] = left * cos - right * sin
+    turned[..., second] = right * cos + left * sin
+    return turned

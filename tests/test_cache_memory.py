@@ -1,0 +1,105 @@
+"""Laws of a cache's memory and of turned keys, below the contract: a smaller cache gives memory back to the system."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_spec.backends._rotation import turn_keys
+from edge_spec.export.architecture import DecoderConfig
+from edge_spec.export.reading import read_config
+from edge_spec.formats.gguf import GGUFFile
+from tests.tiny_models import PECULIARITIES, write_tiny_gguf
+
+MEASURE = """
+import sys
+from pathlib import Path
+
+def anonymous() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+kind, path = sys.argv[1:]
+if kind == "llama":
+    from edge_spec.backends import llama
+    model = llama.load(Path(path), name="tiny", n_ctx=2048, threads=1)
+else:
+    from edge_spec.export import open_export
+    if kind == "onnx":
+        from edge_spec.backends.onnx import OnnxModel as Model
+    else:
+        from edge_spec.backends.openvino import OpenVinoModel as Model
+    model = Model(open_export(Path(path)), name="tiny", n_ctx=2048, threads=1)
+for _ in range(4):
+    model.decode([1] * 512, rows=0)
+cache_bytes = 2048 * model.spec.kv_bytes_per_token
+full = anonymous()
+model.evict(10, 2040)
+model.resize(256)
+model.decode([1])
+print((full - anonymous()) / cache_bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+@pytest.mark.parametrize("kind", ["onnx", "llama", pytest.param("openvino", marks=pytest.mark.openvino)])
+def test_a_smaller_cache_gives_its_memory_back(kind: str, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512, n_ctx=2048, n_kv_head=4, n_layer=4)
+    if kind != "llama":
+        from edge_spec.export import RECIPES, export_model
+
+        export_model(path, RECIPES["int4"], tmp_path / "out", sha256="0" * 64, threads=1)
+        path = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", MEASURE, kind, str(path)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 0.8
+
+
+def config_of(folder: Path, architecture: str) -> DecoderConfig:
+    with GGUFFile(write_tiny_gguf(folder / "tiny.gguf", architecture=architecture, n_layer=4, n_vocab=512)) as gguf:
+        return read_config(gguf)
+
+
+@pytest.mark.parametrize("architecture", sorted(PECULIARITIES))
+def test_a_turned_key_is_the_key_of_the_other_position(architecture: str, tmp_path: Path) -> None:
+    """Against the tables that the attention of an export rotates by."""
+    config = config_of(tmp_path, architecture)
+    keys = np.random.default_rng(0).standard_normal((3, config.head_dim)).astype(np.float32)
+    tables = config.rope_inputs(128, 128)
+    first, second = config.rope_pairs
+    for layer in range(config.n_layer):
+
+        def placed(position: int, names: tuple[str, ...] = config.rope_of(layer)) -> np.ndarray:
+            rotated = keys.copy()
+            if names:
+                cos, sin = (tables[name][position] for name in names)
+                rotated[:, first] = keys[:, first] * cos - keys[:, second] * sin
+                rotated[:, second] = keys[:, second] * cos + keys[:, first] * sin
+            return rotated
+
+        for source, target in ((100, 3), (5, 4), (0, 90)):
+            angles = (target - source) * config.rope_frequencies(layer, 128)
+            np.testing.assert_allclose(turn_keys(config, placed(source), angles), placed(target), rtol=0, atol=2e-5)
+
+
+def test_a_window_past_the_short_one_turns_what_is_cached_to_its_own_embedding(tmp_path: Path) -> None:
+    from edge_spec.backends.onnx import OnnxModel
+    from edge_spec.export import RECIPES, export_model
+
+    source = write_tiny_gguf(tmp_path / "tiny.gguf", architecture="phi3", n_layer=1, n_vocab=512, tensor_type="F16")
+    export = export_model(source, RECIPES["int4"], tmp_path / "out", sha256="0" * 64, threads=1)
+    assert export.config.rope_short_ctx == 256
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, 512, 40)]
+    short, long = (OnnxModel(export, name="tiny", n_ctx=n_ctx, threads=1) for n_ctx in (256, 257))
+    expected = long.decode(tokens).logits.copy()
+    other = short.decode(tokens).logits.copy()
+    short.rollback(30)
+    short.resize(257)
+    resized = short.decode(tokens[30:]).logits
+    np.testing.assert_allclose(resized, expected, rtol=0, atol=0.02)
+    assert np.abs(other - expected).max() > 0.1
+    short.close()
+    long.close()
