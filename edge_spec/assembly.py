@@ -39,7 +39,8 @@ def make_drafters(
     target = models.target.model.spec
     model = None
     if models.draft is not None:
-        model = ModelDrafter(Session(models.draft.model, chunk=batch), draft_tokens=draft_tokens or DRAFT_TOKENS)
+        session = Session(models.draft.model, exact=False, chunk=batch)
+        model = ModelDrafter(session, draft_tokens=draft_tokens or DRAFT_TOKENS)
     drafters: dict[str, Drafter] = {
         "none": NoDrafter(),
         "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),

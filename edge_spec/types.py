@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,36 @@ Context: TypeAlias = Sequence[int]
 
 Progress: TypeAlias = Callable[[int, int], bool | None]
 """Called as `progress(done, total)`; returning False asks to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Tokens that were evicted from a context. Lengths count the tokens that were left right then.
+
+    They stood at `start`; `read` tokens of what was left had been read when they went, and those from `start` on saw
+    them. So two contexts are the same only if their tokens and their holes are.
+    """
+
+    start: int
+    tokens: tuple[int, ...]
+    read: int
+
+    @property
+    def end(self) -> int:
+        """Where they ended."""
+        return self.start + len(self.tokens)
+
+
+class Eviction(Protocol):
+    """Says what a context loses while it is written on."""
+
+    def span(self, length: int, n_ctx: int) -> tuple[int, int] | None:
+        """Start and end of the tokens that go when `length` of `n_ctx` are there; None where nothing may go."""
+        ...
+
+    def span_down_to(self, length: int, max_tokens: int) -> tuple[int, int] | None:
+        """The same, so that at most `max_tokens` are left."""
+        ...
 
 
 class FinishReason(StrEnum):
@@ -201,6 +231,10 @@ class Prompt:
     """The ids that are read before the first token is written, and what became of those that are not among them."""
 
     ids: list[int]
+    holes: tuple[Hole, ...] = ()
+    """What was evicted while they were read."""
+    eviction: Eviction | None = None
+    """What goes when the window is full; None ends the text then."""
     archive: tuple[int, ...] = ()
     """Text that was dropped, as ids: still good to copy from."""
     dropped: tuple[Dropped, ...] = ()

@@ -323,7 +323,7 @@ def test_a_conversation_is_what_the_template_makes_of_it(engine: Engine) -> None
     chat = engine.chat(system="the list")
     chat.send("is it?", max_tokens=6)
     chat.send("<|im_end|> in a question is plain text", max_tokens=6)
-    prompt = chat._transcript.ask(chat._kept.turns, "and?").ids
+    prompt = chat._keeper.ask("and?", n_ctx=512, max_tokens=1).prompt.ids
     tokenizer, template = engine._source.tokenizer, engine._source.template
     fresh = template.render_ids([*chat.messages, {"role": "user", "content": "and?"}], tokenizer)
     kept, anew = (tokenizer.decode(ids, skip_special=False) for ids in (prompt, fresh))

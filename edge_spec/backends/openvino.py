@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
+from edge_spec.backends._onnx_session import MEMORY_REMEDY
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
 from edge_spec.backends._openvino_limits import check_expressible
 from edge_spec.backends._paged_cache import PagedCache
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
-from edge_spec.backends.onnx import EMBEDDING, MEMORY_REMEDY
+from edge_spec.backends.onnx import EMBEDDING
 from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import (

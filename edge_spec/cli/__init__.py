@@ -21,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-COMMANDS = ("pull", "models", "rm", "export", "generate", "chat", "bench", "doctor", "history")
+COMMANDS = ("pull", "models", "rm", "export", "generate", "chat", "estimate", "bench", "doctor", "history")
 
 
 def _print_version(wanted: bool) -> None:

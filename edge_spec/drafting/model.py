@@ -14,7 +14,7 @@ from edge_spec.decoding.drafter import Drafter, Request
 from edge_spec.decoding.history import History
 from edge_spec.decoding.sampling import Sampler, draw, make_sampler
 from edge_spec.decoding.session import Session
-from edge_spec.types import TOP_K, Context, Draft, Logits, Output, SparseProbs
+from edge_spec.types import TOP_K, Context, Draft, Hole, Logits, Output, SparseProbs
 
 
 class Pace(Protocol):
@@ -54,6 +54,7 @@ class ModelDrafter(Drafter):
         self._request: Request | None = None
         self._sampler: Sampler | None = None
         self._history: History | None = None
+        self._holes: tuple[Hole, ...] = ()
         self._num_reached = 0
         self._lost = False
         self._unloaded = False
@@ -83,18 +84,27 @@ class ModelDrafter(Drafter):
         self._sampler = make_sampler(sampling if sampling.top_k < TOP_K else replace(sampling, top_k=0))
         self._request = request
         self._history = None
+        self._holes = request.holes
         self._num_reached = 0
         self._lost = False
+
+    def count_unread(self, context: Context) -> int:
+        """Tokens that the model would have to read before it could draft."""
+        return self._session.count_unread(context, self._holes)
+
+    def evict(self, context: Context, hole: Hole) -> None:
+        """The model's cache loses the same, if it has read it."""
+        history = self._follow(context)
+        history.evict(hole.start, hole.end)
+        self._holes = (*self._holes, hole)
+        self._num_reached = max(0, self._num_reached - len(hole.tokens))
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         """Draft one token a pass. No tokens where the context has outgrown the draft model's window."""
         request, sampler, session = self._request, self._sampler, self._session
         assert request is not None, "start() comes first"
         assert sampler is not None
-        if self._history is None:
-            self._history = History(context[: request.prompt_length])
-        history = self._history
-        history.follow(context)
+        history = self._follow(context)
         new = context[self._num_reached :]
         self._num_reached = len(context)
         if max(new, default=0) >= session.spec.n_vocab:
@@ -133,11 +143,22 @@ class ModelDrafter(Drafter):
         spent_s = sum(seconds for _, seconds in self.passes)
         return Draft(tokens, None if sampler.greedy else q, self.name, confidence[: len(tokens)], spent_s)
 
+    def _follow(self, context: Context) -> History:
+        """The history, made that of `context`."""
+        assert self._request is not None, "start() comes first"
+        if self._history is None:
+            self._history = History(context[: self._request.prompt_length])
+        self._history.follow(context)
+        return self._history
+
     def _decode(self, history: History, request: Request) -> tuple[NDArray[np.int64], Logits, np.float32]:
         """The likeliest tokens after `history` that the target knows: ids, logits, log of the sum over all."""
-        started, unread = perf_counter(), self._session.count_unread(history.tokens)
+        started, unread = perf_counter(), self.count_unread(history.tokens)
         decoded = self._session.decode(
-            history.tokens, want=Output.TOP_K, on_progress=lambda _done, _total: not request.cancelled()
+            history.tokens,
+            want=Output.TOP_K,
+            holes=self._holes,
+            on_progress=lambda _done, _total: not request.cancelled(),
         )
         self.passes.append((unread, perf_counter() - started))
         top = decoded.top

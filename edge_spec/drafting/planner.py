@@ -19,7 +19,7 @@ from edge_spec.drafting.costs import Costs
 from edge_spec.drafting.history import HistoryDrafter
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
-from edge_spec.types import Context, Draft, Verdict
+from edge_spec.types import Context, Draft, Hole, Verdict
 
 LOOKUP_SCALE: Scale = ((1, 0.2), (2, 0.45), (3, 0.6), (4, 0.7), (6, 0.78), (9, 0.85), (14, 0.9), (24, 0.95))
 """A lookup's confidence is the length of the match behind a token."""
@@ -153,6 +153,14 @@ class Planner(Drafter):
             return
         book.costs.observe_target(len(draft.tokens) + 1, target_s)
 
+    def evict(self, context: Context, hole: Hole) -> None:
+        """Tell the drafters; a guess for what is gone proves nothing."""
+        self._guesses = []
+        for copier in self._copiers:
+            copier.evict(context, hole)
+        if self._model is not None:
+            self._model.evict(context, hole)
+
     def close(self) -> None:
         """Close the drafters."""
         for copier in self._copiers:
@@ -188,7 +196,7 @@ class Planner(Drafter):
         """What the model has to read before it can draft, spread over the steps that will profit from it."""
         if self._model is None:
             return 0.0
-        unread = max(0, self._model.session.count_unread(context) - 2)
+        unread = max(0, self._model.count_unread(context) - 2)
         tokens_left = min(self._max_length - len(context), _PROFITING_TOKENS)
         profiting = tokens_left * self._uncopied / self._written
         return unread * self._book.costs.read_s / max(1.0, profiting / _TOKENS_PER_STEP)

@@ -13,6 +13,7 @@ from edge_spec.export.layout import plan_layout
 from edge_spec.export.stored import read_weights
 from edge_spec.formats.gguf import GGMLType, GGUFFile, TensorInfo
 from edge_spec.memory.facts import Layer, ModelFacts, Origin
+from edge_spec.memory.read_gguf import count_merges
 
 
 def facts_of_export(path: Path, *, name: str | None = None) -> ModelFacts:
@@ -21,6 +22,7 @@ def facts_of_export(path: Path, *, name: str | None = None) -> ModelFacts:
     config = export.config
     with GGUFFile(export.source_file) as source:
         tensors = shaped_tensors(config, GGMLType.F32) | dict(source.tensors)
+        n_merges = count_merges(source)
     return ModelFacts(
         name=name or path.resolve().name,
         origin=Origin.EXPORT,
@@ -34,6 +36,7 @@ def facts_of_export(path: Path, *, name: str | None = None) -> ModelFacts:
         tensors=tensors,
         config=config,
         marked_ids=np.empty(0, np.int64),
+        n_merges=n_merges,
         recipe=export.recipe,
         matrices=_matrices(export, tensors),
         sha256=export.source_sha256,
