@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Unpack
 
 from edge_spec.assembly import KeptCosts, References, make_drafters, past_answers
-from edge_spec.context import report
+from edge_spec.context import Surprisal, draft_score, report
 from edge_spec.conversation import Chat
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter
@@ -34,7 +34,7 @@ from edge_spec.opening import (
 )
 from edge_spec.prompting import Prompting
 from edge_spec.store import Store
-from edge_spec.types import GenerationResult, Hole, Progress, Prompt, SamplingParams
+from edge_spec.types import Condensing, Dropped, GenerationResult, Hole, Progress, Prompt, SamplingParams
 
 COPYING = ("reference", "auto")
 """Drafters that copy from references."""
@@ -166,6 +166,7 @@ class Engine:
         drafter: str | None = None,
         reference: Sequence[str] = (),
         on_full: str = "error",
+        keep: float | None = None,
         on_progress: Progress | None = None,
     ) -> Stream:
         """Answer `prompt`; text comes as it is written.
@@ -175,12 +176,16 @@ class Engine:
         defaults to greedy. `reference`: texts that the answer is likely to copy from (a file to edit, what was
         retrieved), whether or not the prompt holds them; they change its speed only. `on_full`: "error" refuses a
         prompt that does not fit, and ends the text where the window is full; "sinks" evicts the middle and goes on.
+        `keep`, in (0, 1): the draft model chooses the share of the prompt that is read; what it could have guessed is
+        left out (see `Surprisal`).
         `on_progress(read, to_read)` is called while the prompt is read; False cancels.
         Raises UsageError and ContextLengthError at the call.
         """
         n_ctx = self._target.spec.n_ctx
+        prompt, condensing = self._condense(prompt, keep)
+        made = self._prompting.make(prompt, system=system, raw=raw, on_full=on_full, n_ctx=n_ctx)
         return self._stream_ids(
-            self._prompting.make(prompt, system=system, raw=raw, on_full=on_full, n_ctx=n_ctx),
+            replace(made, condensing=condensing),
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stop,
@@ -196,10 +201,11 @@ class Engine:
         system: str | None = None,
         raw: bool = False,
         on_full: str = "error",
+        keep: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
         """`stream`, read to its end."""
-        stream = self.stream(prompt, system=system, raw=raw, on_full=on_full, **options)
+        stream = self.stream(prompt, system=system, raw=raw, on_full=on_full, keep=keep, **options)
         for _ in stream:
             pass
         return stream.result
@@ -218,6 +224,7 @@ class Engine:
             system=system,
             on_full=on_full,
             window=lambda: self._target.spec.n_ctx,
+            condense=self._condense,
         )
 
     def count(self, text: str) -> int:
@@ -286,7 +293,7 @@ class Engine:
                 max_tokens=max_tokens,
                 stop_ids=tokenizer.stop_ids,
                 references=references,
-                archive=prompt.archive,
+                archive=prompt.all_archive,
                 holes=prompt.holes,
                 eviction=prompt.eviction,
                 cancelled=cancelled,
@@ -298,6 +305,22 @@ class Engine:
             stop,
             finish,
         )
+
+    def _condense(self, text: str, keep: float | None) -> tuple[str, Condensing | None]:
+        """The text without what tells least, and what became of it."""
+        if keep is None:
+            return text, None
+        model = self._drafters.get("model")
+        if not 0 < keep < 1:
+            raise UsageError(f"keep={keep!r} is a share between 0 and 1")
+        if not isinstance(model, ModelDrafter):
+            raise UsageError("keep needs a draft model, which scores the prompt: load the engine with one")
+        started, tokenizer = perf_counter(), self._source.tokenizer
+        room = max(model.session.spec.max_rows, model.session.spec.n_ctx - 1)
+        condensed = Surprisal(keep).condense(text, tokenizer, draft_score(model.session, room=room))
+        dropped = Dropped("surprisal", condensed.tokens, "\n".join(condensed.left_out))
+        archive = tuple(tokenizer.encode(text))
+        return condensed.text, Condensing(dropped, archive, perf_counter() - started)
 
     def _remember(self, result: GenerationResult) -> None:
         if self._past is not None:

@@ -25,14 +25,14 @@ def session_options(ort: Any, threads: int) -> Any:
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions, which share no base of their own, and a want of memory into BackendError."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    kinds: list[type[Exception]] = [
-        kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
-    ]
     try:
         yield
     except Exception as exc:
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        kinds: list[type[Exception]] = [
+            kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
+        ]
         if isinstance(exc, MemoryError) or "bad_alloc" in str(exc):
             raise BackendMemoryError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
         if not isinstance(exc, (RuntimeError, ValueError, *kinds)):

@@ -76,6 +76,7 @@ class OnnxModel:
             self._logits: Logits = (
                 np.empty((max_rows, config.n_vocab), np.float32) if self._head is None else self._head.logits
             )
+            self._bound_rows = 0
             self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
             self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx))
             self._bind_cache()
@@ -102,13 +103,12 @@ class OnnxModel:
         total = self._length + padded
         wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
         wanted[:rows] = np.arange(n - rows, n)
-        self._bind("embeddings", self._embed(tokens, padded))
-        self._bind("rows", wanted)
-        self._bind("seqlens_k", np.array([total - 1], np.int32))
-        self._bind("total_sequence_length", np.array(total, np.int32))
-        self._bind_output("logits", (1, len(wanted), self._logits.shape[1]), self._logits)
-        if self._head is not None:
-            self._bind_output("hidden", (1, len(wanted), self._head.hidden.shape[1]), self._head.hidden)
+        self._feed("embeddings", self._embed(tokens, padded))
+        self._feed("rows", wanted)
+        self._feed("seqlens_k", np.array([total - 1], np.int32))
+        self._feed("total_sequence_length", np.array(total, np.int32))
+        if len(wanted) != self._bound_rows:
+            self._bind_rows(len(wanted))
         with translated(f"decoding {n} tokens"):
             self._session.run_with_iobinding(self._binding, self._run_options)
         self._length += n
@@ -184,6 +184,21 @@ class OnnxModel:
         for name, cache in self._cache.arrays():
             self._bind(f"past_{name}", cache)
             self._bind_output(name, cache.shape, cache)
+
+    def _bind_rows(self, n_rows: int) -> None:
+        """Bind what the head writes, for `n_rows` rows."""
+        self._bind_output("logits", (1, n_rows, self._logits.shape[1]), self._logits)
+        if self._head is not None:
+            self._bind_output("hidden", (1, n_rows, self._head.hidden.shape[1]), self._head.hidden)
+        self._bound_rows = n_rows
+
+    def _feed(self, name: str, array: NDArray[Any]) -> None:
+        """Give a pass its input: into the array that is bound already where that has the same shape."""
+        held = self._held.get(name)
+        if held is not None and held.shape == array.shape:
+            held[...] = array
+        else:
+            self._bind(name, array)
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._held[name] = array

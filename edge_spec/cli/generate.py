@@ -30,6 +30,7 @@ def generate(
     max_tokens: options.MaxTokensOption = None,
     stop: options.StopOption = None,
     on_full: options.OnFullPromptOption = OnFullPrompt.ERROR,
+    keep: options.KeepOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with the text and all figures instead.")
     ] = False,
@@ -102,6 +103,7 @@ def generate(
                 system=system,
                 raw=raw,
                 on_full=on_full.value,
+                keep=keep,
                 max_tokens=max_tokens,
                 sampling=sampling,
                 stop=stops,

@@ -114,6 +114,13 @@ OnFullPromptOption = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
+KeepOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of a prompt to read, in (0, 1): the draft model finds what tells least, and it is left out.",
+        rich_help_panel=_TEXT,
+    ),
+]
 NoPadOption = Annotated[
     bool,
     typer.Option(

@@ -16,7 +16,7 @@ def logits_bytes(n_vocab: int, max_rows: int) -> int:
 
 
 def trimmed_head_bytes(facts: ModelFacts, rows: int, max_rows: int, reached: int) -> int:
-    """What scores a trimmed head's rows and spreads them: logits, hidden states, rows of tokens that were reached."""
+    """What scores a trimmed head's rows: logits, hidden states, rows of tokens that were reached."""
     per_row = (rows + facts.hidden) * 4
     return round_up(max_rows, MAX_ALIGNMENT) * per_row + rows * 8 + facts.n_vocab + reached * (facts.hidden * 4 + 8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_spec.errors import ModelNotFoundError
-from edge_spec.export.exporter import is_export
+from edge_spec.export.folder import is_export
 from edge_spec.memory.facts import ModelFacts
 from edge_spec.memory.read_checkpoint import CONFIG, facts_of_checkpoint
 from edge_spec.memory.read_export import facts_of_export

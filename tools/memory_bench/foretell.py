@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_spec.export.exporter import ensure_export, export_key, is_export
+from edge_spec.export.exporter import ensure_export, export_key
+from edge_spec.export.folder import is_export
 from edge_spec.export.recipe import RECIPES, Recipe, default_recipe
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.memory import Estimate, ModelFacts, Settings, estimate, facts_of_export, facts_of_gguf

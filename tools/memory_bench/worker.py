@@ -96,6 +96,7 @@ def _run_engine(cell: Cell, log: Any, tell: Any) -> None:
 def _run_alone(cell: Cell, log: Any, tell: Any) -> None:
     """A model by itself, where batch or rows are not the engine's: passes of these very sizes."""
     from edge_spec.decoding.session import Session
+    from edge_spec.export.exporter import Export
     from edge_spec.loading import Loader, find_source
     from edge_spec.store import Store
 
@@ -110,6 +111,7 @@ def _run_alone(cell: Cell, log: Any, tell: Any) -> None:
         )
     else:
         export = source.export or Loader(store=store, backend=cell.backend, threads=cell.threads)._export(source, None)
+        assert isinstance(export, Export), "the grid's models are exported from GGUFs"
         if cell.backend == "onnx":
             from edge_spec.backends.onnx import OnnxModel as Model
         else:
