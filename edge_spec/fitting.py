@@ -8,6 +8,7 @@ from edge_spec.errors import UnsupportedArchitectureError
 from edge_spec.loading import Source
 from edge_spec.memory import ModelFacts, Settings, estimate, facts_of_export, facts_of_gguf
 from edge_spec.memory.budget import Budget, find_budget
+from edge_spec.memory.kv import SUPPORTED_KV
 from edge_spec.memory.plan import Freedom, Plan, make_plan
 from edge_spec.memory.process import process_memory
 from edge_spec.opening import LoadOptions, LoadRequest
@@ -65,6 +66,8 @@ def _settings(request: LoadRequest, options: LoadOptions, target: ModelFacts) ->
         backend=backend,
         draft_backend=request.draft_backend if request.draft_source else None,
         n_ctx=request.n_ctx,
+        # A type that cannot be counted is smaller than the backend's own, which then stands for it.
+        kv=request.kv if request.kv in SUPPORTED_KV[backend] else None,
         batch=request.batch,
         threads=request.threads,
         recipe=request.recipe if backend != "llama" else None,

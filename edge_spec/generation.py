@@ -41,6 +41,8 @@ class EngineInfo:
     """Most that it is expected to; None where that cannot be told beforehand."""
     given_up: tuple[str, ...] = ()
     """What was given up to stay within the budget."""
+    kv: str = "f32"
+    """What the target's keys and values are stored as."""
 
 
 class GenerationOptions(TypedDict, total=False):

@@ -66,6 +66,7 @@ class FakeInfo:
     budget_bytes: int | None = None
     planned_bytes: int | None = None
     given_up: tuple[str, ...] = ()
+    kv: str = "f32"
 
 
 @dataclass(frozen=True)

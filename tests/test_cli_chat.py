@@ -83,6 +83,7 @@ def test_load_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         "ram": None,
         "pad_rows": False,
         "history": False,
+        "kv": None,
     }
 
 

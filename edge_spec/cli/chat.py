@@ -41,6 +41,7 @@ def chat(
     reference: options.ReferenceOption = None,
     history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
+    kv: options.KvOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
     top_p: options.TopPOption = None,
@@ -81,6 +82,7 @@ def chat(
             ctx=ctx,
             ram=ram,
             no_pad=no_pad,
+            kv=kv,
             history=history,
         )
     with engine:

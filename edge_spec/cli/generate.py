@@ -48,6 +48,7 @@ def generate(
     reference: options.ReferenceOption = None,
     history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
+    kv: options.KvOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
     top_p: options.TopPOption = None,
@@ -94,6 +95,7 @@ def generate(
         ctx=ctx,
         ram=ram,
         no_pad=no_pad,
+        kv=kv,
         history=history,
     )
     with engine:

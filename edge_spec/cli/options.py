@@ -97,6 +97,14 @@ RamOption = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+KvOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How keys and values are stored, the first unless given: f32 or q8 (onnx), f32, f16 or u8 (openvino), "
+        "f16, q8_0, q4_0 or f32 (llama).",
+        rich_help_panel=_MODEL,
+    ),
+]
 OnFullOption = Annotated[
     OnFull,
     typer.Option(
@@ -264,6 +272,7 @@ def load_engine(
     ram: str | None,
     no_pad: bool,
     history: bool = False,
+    kv: str | None = None,
 ) -> Engine:
     """`Engine.load` with the command line's options. Raises what that raises, and UsageError for contradictions."""
     if pair is not None and target is not None:
@@ -285,6 +294,7 @@ def load_engine(
             ram=ram,
             pad_rows=not no_pad,
             history=history,
+            kv=kv,
             on_progress=progress.stage,
         )
 
