@@ -19,7 +19,7 @@ from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter, PastAnswers
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, GenerationOptions, Stream, make_result
-from edge_spec.loading import Source, StageProgress
+from edge_spec.loading import KV_TYPES, Source, StageProgress
 from edge_spec.opening import (
     DRAFTERS,
     NO_HISTORY,
@@ -79,6 +79,7 @@ class Engine:
         recipe: str | None = None,
         pad_rows: bool = True,
         history: bool = False,
+        kv: str | None = None,
         on_progress: StageProgress | None = None,
     ) -> Engine:
         """Load a pair by its name (default: qwen2.5-coder), or `target` and, if wanted, `draft`.
@@ -94,6 +95,10 @@ class Engine:
         `n_ctx` to 4,096 tokens or the model's own limit. `recipe` (of the target) defaults to 4 bits, or 8 where the
         source has more than 6. `pad_rows=False` gives up bit-for-bit equality between drafters at temperature 0 for a
         little speed of plain decoding.
+
+        `kv` is what keys and values are stored as, the draft's too where it runs on the same backend: "f32" or "q8" on
+        onnx, "f32", "f16" or "u8" on openvino, "f16", "q8_0", "q4_0" or "f32" on llama, the first of each unless given.
+        Fewer bits take less memory and change the text; with "u8" it depends on the drafter too.
 
         `history` keeps the ids of every answer in a file of at most 4 MiB that only this user may read, and lets
         "auto" and "history" copy from it: `edge-spec history` shows and clears it.
@@ -116,6 +121,7 @@ class Engine:
             recipe=recipe,
             pad_rows=pad_rows,
             history=history,
+            kv=kv,
         )
         request = resolve(options, store)
         models = open_models(request, store, on_progress)
@@ -331,7 +337,11 @@ def _describe(request: LoadRequest, models: OpenedModels, drafter: str, load_s: 
     if source.template.source == "chatml":
         notes.append(f"{source.name} carries no chat template: ChatML stands in")
     if drafter != "none" and target.model.spec.row_alignment is None:
-        notes.append("rows are not padded here: in a near tie, greedy text may differ from plain decoding's")
+        reason = "no padding makes passes agree here" if request.aligns else "rows are not padded here"
+        notes.append(f"{reason}: in a near tie, greedy text may differ from plain decoding's")
+    usual = KV_TYPES[target.backend][0]
+    if target.model.spec.kv_type != usual:
+        notes.append(f"keys and values are stored as {target.model.spec.kv_type}: texts may differ from {usual}'s")
     return EngineInfo(
         target=source.name,
         draft=request.draft_source.name if request.draft_source else None,
@@ -344,4 +354,5 @@ def _describe(request: LoadRequest, models: OpenedModels, drafter: str, load_s: 
         chat_sampling=request.chat_sampling,
         chat_system=request.chat_system,
         draft_backend=draft.backend if draft else None,
+        kv=target.model.spec.kv_type,
     )

@@ -35,6 +35,8 @@ class EngineInfo:
     chat_system: str | None
     draft_backend: str | None = None
     """Where the draft runs; None without one."""
+    kv: str = "f32"
+    """What the target's keys and values are stored as."""
 
 
 class GenerationOptions(TypedDict, total=False):

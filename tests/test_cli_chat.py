@@ -82,6 +82,7 @@ def test_load_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         "n_ctx": 512,
         "pad_rows": False,
         "history": False,
+        "kv": None,
     }
 
 

@@ -104,6 +104,7 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
         "n_ctx": None,
         "pad_rows": True,
         "history": False,
+        "kv": None,
     }
     assert engine.options == [
         {
@@ -144,7 +145,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
         "--frequency-penalty 0.3 --seed 9"
     )
-    load += " --draft-backend onnx --ctx 99 --no-pad --history"
+    load += " --draft-backend onnx --ctx 99 --no-pad --history --kv q8_0"
     transcript = run("generate", "x", *f"{load} {text} {sampling}".split())
     assert transcript.code == 0
     assert engine.loaded_with == {
@@ -160,6 +161,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "n_ctx": 99,
         "pad_rows": False,
         "history": True,
+        "kv": "q8_0",
     }
     assert engine.options == [
         {

@@ -40,6 +40,7 @@ def chat(
     reference: options.ReferenceOption = None,
     history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
+    kv: options.KvOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
     top_p: options.TopPOption = None,
@@ -79,6 +80,7 @@ def chat(
             threads=threads,
             ctx=ctx,
             no_pad=no_pad,
+            kv=kv,
             history=history,
         )
     with engine:

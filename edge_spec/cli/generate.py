@@ -47,6 +47,7 @@ def generate(
     reference: options.ReferenceOption = None,
     history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
+    kv: options.KvOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
     top_p: options.TopPOption = None,
@@ -92,6 +93,7 @@ def generate(
         threads=threads,
         ctx=ctx,
         no_pad=no_pad,
+        kv=kv,
         history=history,
     )
     with engine:

@@ -90,6 +90,14 @@ CtxOption = Annotated[
         "--ctx", min=1, help="Window in tokens (default: 4096, or what the model has).", rich_help_panel=_MODEL
     ),
 ]
+KvOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How keys and values are stored, the first unless given: f32 or q8 (onnx), f32, f16 or u8 (openvino), "
+        "f16, q8_0, q4_0 or f32 (llama).",
+        rich_help_panel=_MODEL,
+    ),
+]
 OnFullOption = Annotated[
     OnFull,
     typer.Option(
@@ -256,6 +264,7 @@ def load_engine(
     ctx: int | None,
     no_pad: bool,
     history: bool = False,
+    kv: str | None = None,
 ) -> Engine:
     """`Engine.load` with the command line's options. Raises what that raises, and UsageError for contradictions."""
     if pair is not None and target is not None:
@@ -276,6 +285,7 @@ def load_engine(
             n_ctx=ctx,
             pad_rows=not no_pad,
             history=history,
+            kv=kv,
             on_progress=progress.stage,
         )
 
