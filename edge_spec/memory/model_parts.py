@@ -139,7 +139,7 @@ def _llama_parts(model: _Model) -> list[Component]:
 
 def _export_bytes(facts: ModelFacts, settings: Settings) -> int:
     """Memory for the moment that a model is exported, before it is loaded: each thread turns a chunk at a time."""
-    from edge_spec.export.exporter import CHUNK_WEIGHTS
+    from edge_spec.export.filling import CHUNK_WEIGHTS
 
     if facts.origin is Origin.EXPORT:
         return 0
