@@ -34,7 +34,7 @@ def make_drafters(models: OpenedModels, past: PastAnswers | None, draft_tokens: 
     target = models.target.model.spec
     model = None
     if models.draft is not None:
-        model = ModelDrafter(Session(models.draft.model), draft_tokens=draft_tokens or DRAFT_TOKENS)
+        model = ModelDrafter(Session(models.draft.model, exact=False), draft_tokens=draft_tokens or DRAFT_TOKENS)
     drafters: dict[str, Drafter] = {
         "none": NoDrafter(),
         "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),
@@ -107,5 +107,10 @@ class KeptCosts:
 
     def keep(self, drafter: Drafter) -> None:
         """Keep what a planner has learnt."""
-        if isinstance(drafter, Planner) and (learnt := drafter.costs.to_json()):
-            self._cache.put(self._key, learnt)
+        if isinstance(drafter, Planner):
+            self.put(drafter.costs)
+
+    def put(self, costs: Costs) -> None:
+        """Keep these costs, if anything is known."""
+        if known := costs.to_json():
+            self._cache.put(self._key, known)

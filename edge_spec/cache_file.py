@@ -23,6 +23,10 @@ class CacheFile:
         """The value, None if there is none."""
         return self._read().get(key)
 
+    def items(self) -> list[tuple[str, Any]]:
+        """Every key with its value, the oldest first."""
+        return list(self._read().items())
+
     def put(self, key: str, value: Any) -> None:
         """Keep a JSON value."""
         entries = self._read()

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Unpack
 
 from edge_spec.assembly import KeptCosts, References, make_drafters, past_answers
+from edge_spec.context import report
 from edge_spec.conversation import Chat
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter
@@ -28,8 +29,9 @@ from edge_spec.opening import (
     open_models,
     resolve,
 )
+from edge_spec.prompting import Prompting
 from edge_spec.store import Store
-from edge_spec.types import GenerationResult, Progress, Prompt, SamplingParams
+from edge_spec.types import GenerationResult, Hole, Progress, Prompt, SamplingParams
 
 COPYING = ("reference", "auto")
 """Drafters that copy from references."""
@@ -51,6 +53,7 @@ class Engine:
     ) -> None:
         self.info = info
         self._source = source
+        self._prompting = Prompting(source.template, source.tokenizer)
         self._target = target
         self._drafters = drafters
         self._default = default
@@ -146,6 +149,7 @@ class Engine:
         stop: Sequence[str] = (),
         drafter: str | None = None,
         reference: Sequence[str] = (),
+        on_full: str = "error",
         on_progress: Progress | None = None,
     ) -> Stream:
         """Answer `prompt`; text comes as it is written.
@@ -153,21 +157,14 @@ class Engine:
         The prompt is a user's message, after `system` if given, in the model's chat template; with `raw` it is the
         text to continue. Ends at the end of the turn, a `stop` string, `max_tokens` or a full window. `sampling`
         defaults to greedy. `reference`: texts that the answer is likely to copy from (a file to edit, what was
-        retrieved), whether or not the prompt holds them; they change its speed only. `on_progress(read, to_read)` is
-        called while the prompt is read; False cancels.
+        retrieved), whether or not the prompt holds them; they change its speed only. `on_full`: "error" refuses a
+        prompt that does not fit, and ends the text where the window is full; "sinks" evicts the middle and goes on.
+        `on_progress(read, to_read)` is called while the prompt is read; False cancels.
         Raises UsageError and ContextLengthError at the call.
         """
-        if raw and system is not None:
-            raise UsageError("a raw prompt has no place for a system message")
-        if raw:
-            tokenizer = self._source.tokenizer
-            prompt_ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos)
-        else:
-            messages = [{"role": "system", "content": system}] if system is not None else []
-            messages.append({"role": "user", "content": prompt})
-            prompt_ids = self._source.template.render_ids(messages, self._source.tokenizer)
+        n_ctx = self._target.spec.n_ctx
         return self._stream_ids(
-            Prompt(prompt_ids),
+            self._prompting.make(prompt, system=system, raw=raw, on_full=on_full, n_ctx=n_ctx),
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stop,
@@ -182,10 +179,11 @@ class Engine:
         *,
         system: str | None = None,
         raw: bool = False,
+        on_full: str = "error",
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
         """`stream`, read to its end."""
-        stream = self.stream(prompt, system=system, raw=raw, **options)
+        stream = self.stream(prompt, system=system, raw=raw, on_full=on_full, **options)
         for _ in stream:
             pass
         return stream.result
@@ -193,8 +191,8 @@ class Engine:
     def chat(self, *, system: str | None = None, on_full: str = "turns") -> Chat:
         """A conversation; `system` defaults to the pair's own, then to the template's.
 
-        `on_full` says what happens when it outgrows the window: "turns" drops the oldest turns but the first, "error"
-        raises ContextLengthError.
+        `on_full` says what happens when it outgrows the window: "turns" drops the oldest turns but the first, "sinks"
+        evicts the middle from the cache, while it writes too, and "error" raises ContextLengthError.
         """
         system = system if system is not None else self.info.chat_system
         return Chat(
@@ -243,7 +241,7 @@ class Engine:
         drafter: str | None = None,
         reference: Sequence[str] = (),
         on_progress: Progress | None = None,
-        done: Callable[[GenerationResult], None] | None = None,
+        done: Callable[[GenerationResult, list[Hole]], None] | None = None,
     ) -> Stream:
         tokenizer, info = self._source.tokenizer, self.info
         decoder = SpeculativeDecoder(self._target, self._choose_drafter(drafter, reference))
@@ -251,12 +249,15 @@ class Engine:
         refused = self._target.num_refused_rollbacks
 
         def finish(stream: Stream) -> GenerationResult:
-            result = make_result(stream, prompt=prompt, info=info)
+            evicted = report(decoder.stats.holes, tokenizer.decode)
+            result = make_result(stream, prompt=prompt, info=info, evicted=evicted)
+            if evicted and not self._target.spec.can_evict:
+                result.notes.append("this backend cannot evict from its cache, so what was left was read again")
             if self._target.num_refused_rollbacks > refused:
                 result.notes.append("the backend could not drop tokens from its cache, so the context was read again")
             self._remember(result)
             if done is not None:
-                done(result)
+                done(result, decoder.stats.holes)
             return result
 
         return Stream(
@@ -267,6 +268,8 @@ class Engine:
                 stop_ids=tokenizer.stop_ids,
                 references=references,
                 archive=prompt.archive,
+                holes=prompt.holes,
+                eviction=prompt.eviction,
                 cancelled=cancelled,
                 on_progress=on_progress,
             ),

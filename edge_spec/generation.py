@@ -12,7 +12,7 @@ from edge_spec.decoding.decoder import DecodeStats, SpeculativeDecoder, Step
 from edge_spec.decoding.stop import StopStrings
 from edge_spec.errors import UsageError
 from edge_spec.tokenizer import Detokenizer
-from edge_spec.types import FinishReason, GenerationResult, Piece, Progress, Prompt, SamplingParams
+from edge_spec.types import Dropped, FinishReason, GenerationResult, Piece, Progress, Prompt, SamplingParams
 
 # Here and not where it is used: a stream may end while Python shuts down, when nothing can be imported any more.
 if sys.platform != "win32":
@@ -105,6 +105,14 @@ class Stream:
         """End the generation within one step, or within one chunk of the prompt."""
         self._cancelled = True
 
+    def prune(self, max_tokens: int) -> bool:
+        """Evict at the next step, so that the context has at most `max_tokens` tokens.
+
+        For whoever watches the memory. May be called from another thread, or between two pieces. Returns False, and
+        does nothing, where the policy of the generation lets nothing go.
+        """
+        return self._decoder.prune(max_tokens)
+
     def close(self) -> None:
         """End the generation here, by the thread that iterates; the result is there then. Twice is not an error."""
         self.cancel()
@@ -157,8 +165,10 @@ class Stream:
         self._result = self._finish(self)
 
 
-def make_result(stream: Stream, *, prompt: Prompt, info: EngineInfo) -> GenerationResult:
-    """The figures of a stream that has ended."""
+def make_result(
+    stream: Stream, *, prompt: Prompt, info: EngineInfo, evicted: tuple[Dropped, ...] = ()
+) -> GenerationResult:
+    """The figures of a stream that has ended. `evicted`: what its context has lost."""
     stats = stream.stats
     generated = len(stream.token_ids)
     decode_s = stream.ended_s - stream.first_token_s
@@ -187,8 +197,12 @@ def make_result(stream: Stream, *, prompt: Prompt, info: EngineInfo) -> Generati
         threads=info.threads,
         n_ctx=info.n_ctx,
         peak_rss_bytes=peak_rss_bytes(),
-        notes=[*info.notes, *prompt.notes],
-        dropped=prompt.dropped,
+        notes=[
+            *info.notes,
+            *prompt.notes,
+            *(f"{part.tokens} tokens in the middle are no longer in the context, which was full" for part in evicted),
+        ],
+        dropped=(*prompt.dropped, *evicted),
     )
 
 

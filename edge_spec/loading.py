@@ -13,8 +13,17 @@ from edge_spec.backends.alignment import AlignableLM
 from edge_spec.backends.base import CausalLM
 from edge_spec.cache_file import CacheFile
 from edge_spec.chat_template import ChatTemplate
-from edge_spec.errors import BackendUnavailableError, ModelFormatError, UnsupportedArchitectureError, UsageError
-from edge_spec.export.exporter import Export, ensure_export, is_export, open_export
+from edge_spec.checkpoint import is_checkpoint, open_checkpoint
+from edge_spec.checkpoint.exporter import GraphExport, is_graph_export, open_graph_export
+from edge_spec.errors import (
+    BackendUnavailableError,
+    ModelFormatError,
+    ModelNotFoundError,
+    UnsupportedArchitectureError,
+    UsageError,
+)
+from edge_spec.export.exporter import Export, ensure_export, open_export
+from edge_spec.export.folder import is_export, read_description
 from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.store import Store
@@ -38,7 +47,7 @@ class Source:
     name: str
     gguf: Path
     sha256: str
-    export: Export | None
+    export: Export | GraphExport | None
     tokenizer: Tokenizer
     template: ChatTemplate
     n_ctx_train: int
@@ -60,11 +69,26 @@ def find_source(store: Store, ref: str | Path, *, share: Tokenizer | None = None
     `share`: the target's tokenizer, which a draft of the same vocabulary takes over instead of building its own.
     """
     path = _expanded(ref)
-    if is_export(path):
-        export = open_export(path)
-        return _read(path.resolve().name, export.source_file, export.source_sha256, export, share)
+    if is_export(path) or is_checkpoint(path):
+        name = path.resolve().name
+        export = open_any_export(path) if is_export(path) else _export_of_checkpoint(store, path)
+        return _read(name, export.source_file, export.source_sha256, export, share)
     local = store.resolve(ref)
     return _read(local.name, local.path, local.sha256, None, share)
+
+
+def open_any_export(path: Path) -> Export | GraphExport:
+    """The export in a folder, whichever exporter made it; ModelFormatError says what is wrong with it."""
+    return open_graph_export(path) if is_graph_export(read_description(path)) else open_export(path)
+
+
+def _export_of_checkpoint(store: Store, path: Path) -> Export | GraphExport:
+    """The store's export of a checkpoint, that of the smallest recipe if there are several."""
+    sha256 = open_checkpoint(path).sha256(store.cache_dir)
+    for folder in sorted((store.exports_dir / sha256).glob("*-????????")):
+        if is_export(folder):
+            return open_any_export(folder)
+    raise ModelNotFoundError(f"{path} is a checkpoint; export it first with `edge-spec export {path}`")
 
 
 def _expanded(ref: str | Path) -> Path:
@@ -74,7 +98,7 @@ def _expanded(ref: str | Path) -> Path:
         return Path(ref)
 
 
-def _read(name: str, path: Path, sha256: str, export: Export | None, share: Tokenizer | None) -> Source:
+def _read(name: str, path: Path, sha256: str, export: Export | GraphExport | None, share: Tokenizer | None) -> Source:
     with GGUFFile(path) as gguf:
         tokenizer = Tokenizer.from_gguf(gguf, share=share)
         embedding = gguf.tensors.get("token_embd.weight")
@@ -138,7 +162,7 @@ class Loader:
         exports = self.store.exports_dir
         return ensure_export(source.gguf, source.sha256, recipe, exports, threads=self.threads, progress=report)
 
-    def _load_export(self, source: Source, export: Export, n_ctx: int, aligned: bool) -> LoadedModel:
+    def _load_export(self, source: Source, export: Export | GraphExport, n_ctx: int, aligned: bool) -> LoadedModel:
         from edge_spec.backends.alignment import align
 
         self._report(f"load {source.name}", 0, 1)
@@ -152,7 +176,13 @@ class Loader:
         self._report(f"load {source.name}", 1, 1)
         return LoadedModel(model, self.backend, export.recipe.name, tuple(notes))
 
-    def _open(self, export: Export, name: str, n_ctx: int) -> AlignableLM:
+    def _open(self, export: Export | GraphExport, name: str, n_ctx: int) -> AlignableLM:
+        if isinstance(export, GraphExport):
+            from edge_spec.backends.past_present import PastPresentModel
+
+            if self.backend != "onnx":
+                raise UsageError(f"{name} is an export that optimum built the graph of, which the onnx backend runs")
+            return PastPresentModel(export, name=name, n_ctx=n_ctx, threads=self.threads)
         if self.backend == "openvino":
             from edge_spec.backends.openvino import OpenVinoModel
 
@@ -212,7 +242,12 @@ def choose_n_ctx(source: Source, n_ctx: int | None) -> int:
 
 def machine_key(backend: str, threads: int) -> str:
     """What measured figures depend on besides the model: processor, the backend's engine and version, threads."""
-    return f"{platform.machine()} {_cpu_model()} | {engine_key(backend)} | {threads} threads"
+    return f"{processor_key(backend)} | {threads} threads"
+
+
+def processor_key(backend: str) -> str:
+    """The processor and the backend's engine and version."""
+    return f"{platform.machine()} {_cpu_model()} | {engine_key(backend)}"
 
 
 def engine_key(backend: str) -> str:

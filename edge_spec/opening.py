@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
-from edge_spec.cores import check_threads
+from edge_spec.cores import RecommendedThreads, check_threads
 from edge_spec.errors import UsageError
 from edge_spec.export.recipe import Recipe
 from edge_spec.loading import (
@@ -21,6 +22,7 @@ from edge_spec.loading import (
     chosen_recipe,
     draft_recipe,
     find_source,
+    processor_key,
 )
 from edge_spec.store import DEFAULT_PAIR, Store
 from edge_spec.tokenizer import check_same_vocabulary
@@ -121,13 +123,22 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
         draft_source=draft_source,
         backend=options.backend,
         draft_backend=chosen_draft_backend(options.draft_backend, options.backend),
-        threads=check_threads(options.threads),
+        threads=check_threads(options.threads or _recommended_threads(store, options.backend)),
         n_ctx=choose_n_ctx(source, options.n_ctx),
         recipe=chosen_recipe(options.recipe, options.backend, source),
         pad_rows=options.pad_rows,
         chat_sampling=known.sampling if known else SamplingParams(),
         chat_system=known.system if known else None,
     )
+
+
+def _recommended_threads(store: Store, backend: str) -> int | None:
+    """What `edge-spec doctor` found best here; None where it was not asked, or the backend is not installed."""
+    try:
+        key = processor_key(backend)
+    except PackageNotFoundError:
+        return None
+    return RecommendedThreads(store.cache_dir).get(key)
 
 
 def open_models(request: LoadRequest, store: Store, progress: StageProgress | None = None) -> OpenedModels:

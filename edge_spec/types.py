@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TypeAlias
+from enum import Enum, StrEnum
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,36 @@ Context: TypeAlias = Sequence[int]
 
 Progress: TypeAlias = Callable[[int, int], bool | None]
 """Called as `progress(done, total)`; returning False asks to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Tokens that were evicted from a context. Lengths count the tokens that were left right then.
+
+    They stood at `start`; `read` tokens of what was left had been read when they went, and those from `start` on saw
+    them. So two contexts are the same only if their tokens and their holes are.
+    """
+
+    start: int
+    tokens: tuple[int, ...]
+    read: int
+
+    @property
+    def end(self) -> int:
+        """Where they ended."""
+        return self.start + len(self.tokens)
+
+
+class Eviction(Protocol):
+    """Says what a context loses while it is written on."""
+
+    def span(self, length: int, n_ctx: int) -> tuple[int, int] | None:
+        """Start and end of the tokens that go when `length` of `n_ctx` are there; None where nothing may go."""
+        ...
+
+    def span_down_to(self, length: int, max_tokens: int) -> tuple[int, int] | None:
+        """The same, so that at most `max_tokens` are left."""
+        ...
 
 
 class FinishReason(StrEnum):
@@ -65,11 +95,43 @@ class ModelSpec:
     """Whether the cache can be made anew in another length with its tokens kept."""
 
 
+TOP_K = 64
+"""Tokens in a row of `Output.TOP_K`: drafts are sampled from no more, and the tail is seldom accepted."""
+
+
+class Output(Enum):
+    """What a decode returns for the positions that it was asked for."""
+
+    LOGITS = "logits"
+    """A score for every entry of the vocabulary."""
+    TOP_K = "top_k"
+    """The likeliest tokens and the mass of all: what drafting needs, without a row as long as the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The `TOP_K` likeliest tokens of each position, or as many as there are, the likeliest first.
+
+    The probability of a token is `exp(logits - log_sum)`, of all tokens that the model scores: where its head is
+    trimmed, those that the head keeps or that were made reachable.
+    """
+
+    ids: NDArray[np.int64]
+    """[rows, k], of the vocabulary whatever the head keeps."""
+    logits: Logits
+    """[rows, k], falling."""
+    log_sum: Logits
+    """[rows]: the logarithm of the sum of exp over all scored logits."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Logits of the last `rows` positions of a decode, shape [rows, n_vocab]; a view, valid until the next decode."""
+    """What a decode returns of its last `rows` positions; views, valid until the next decode."""
 
     logits: Logits
+    """[rows, n_vocab]; [0, n_vocab] where `Output.TOP_K` was wanted."""
+    top: TopK | None = None
+    """Set where `Output.TOP_K` was wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +229,10 @@ class Prompt:
     """The ids that are read before the first token is written, and what became of those that are not among them."""
 
     ids: list[int]
+    holes: tuple[Hole, ...] = ()
+    """What was evicted while they were read."""
+    eviction: Eviction | None = None
+    """What goes when the window is full; None ends the text then."""
     archive: tuple[int, ...] = ()
     """Text that was dropped, as ids: still good to copy from."""
     dropped: tuple[Dropped, ...] = ()

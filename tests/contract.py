@@ -24,7 +24,7 @@ from edge_spec.errors import (
     RollbackUnsupportedError,
     UsageError,
 )
-from edge_spec.types import Logits
+from edge_spec.types import TOP_K, Logits, Output
 
 MakeModel: TypeAlias = Callable[[int], CausalLM]
 """Loads the model with a cache of so many tokens; always the same model."""
@@ -129,6 +129,31 @@ class CausalLMContract:
         for other in (tuple(tokens), np.array(tokens), np.array(tokens, np.int32)):
             model.rollback(0)
             self.assert_same(model, model.decode(other).logits, expected)  # type: ignore[arg-type]
+
+    # The likeliest tokens alone
+
+    @pytest.mark.parametrize("rows", [0, 1, 3])
+    def test_the_top_k_are_the_largest_logits(self, model: CausalLM, rows: int) -> None:
+        tokens, k = draw(model, 9), min(TOP_K, model.spec.n_vocab)
+        logits = model.decode(tokens, rows=rows).logits.copy()
+        model.rollback(0)
+        decoded = model.decode(tokens, rows=rows, want=Output.TOP_K)
+        top = decoded.top
+        assert top is not None
+        assert decoded.logits.shape == (0, model.spec.n_vocab)
+        assert top.ids.shape == top.logits.shape == (rows, k)
+        assert top.log_sum.shape == (rows,)
+        assert np.array_equal(top.logits, -np.sort(-logits, axis=1)[:, :k])
+        assert np.array_equal(np.take_along_axis(logits, top.ids, axis=1), top.logits)
+        assert all(len(set(ids)) == k for ids in top.ids)
+
+    def test_the_mass_of_the_top_k_is_of_all_logits(self, model: CausalLM) -> None:
+        tokens = draw(model, 9)
+        logits = read(model, tokens)[0].astype(np.float64)
+        model.rollback(0)
+        top = model.decode(tokens, want=Output.TOP_K).top
+        assert top is not None
+        np.testing.assert_allclose(top.log_sum[0], np.log(np.exp(logits).sum()), rtol=1e-5)
 
     # Rolling back
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edge_spec.backends.top_k import top_k
 from edge_spec.errors import BackendError, CacheUnsupportedError, ContextLengthError, RollbackUnsupportedError
-from edge_spec.types import Decoded, Logits, ModelSpec
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 N_CTX_TRAIN = 512
 
@@ -99,7 +100,7 @@ class FakeLM:
             self._rows[key] = (self.sharpness * normal).astype(np.float32)
         return self._rows[key]
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         if self.closed:
             raise BackendError(f"{self.spec.name} is closed")
         assert len(tokens) > 0, "a decode needs tokens"
@@ -117,7 +118,8 @@ class FakeLM:
         self.tokens += call.tokens
         for row in range(rows):
             self._buffer[row] = self.logits_after(self.tokens[: needed - rows + row + 1])
-        return Decoded(self._buffer[:rows])
+        logits = self._buffer[:rows]
+        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
         assert 0 <= length <= len(self.tokens), (length, len(self.tokens))

@@ -106,7 +106,15 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
         "history": False,
     }
     assert engine.options == [
-        {"system": None, "raw": False, "max_tokens": None, "sampling": SamplingParams(), "stop": (), "reference": ()}
+        {
+            "system": None,
+            "raw": False,
+            "on_full": "error",
+            "max_tokens": None,
+            "sampling": SamplingParams(),
+            "stop": (),
+            "reference": (),
+        }
     ]
 
 
@@ -130,7 +138,7 @@ def test_the_scripted_engine_is_called_as_the_real_one_is() -> None:
 
 def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
     load = "--target t.gguf --draft d.gguf --backend llama --drafter model --draft-tokens 5 --recipe exact --threads 3"
-    text = "--system Brief -n 7 --stop A --stop B"
+    text = "--system Brief -n 7 --stop A --stop B --on-full sinks"
     sampling = (
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
         "--frequency-penalty 0.3 --seed 9"
@@ -156,6 +164,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         {
             "system": "Brief",
             "raw": False,
+            "on_full": "sinks",
             "max_tokens": 7,
             "stop": ("A", "B"),
             "reference": (),

@@ -10,10 +10,10 @@ import pytest
 
 from edge_spec import Engine, GenerationResult
 from edge_spec.backends.onnx import OnnxModel
-from edge_spec.context import ByTurns
+from edge_spec.context import ByTurns, TurnKeeper
 from edge_spec.conversation import Chat
 from edge_spec.errors import ContextLengthError, UsageError
-from edge_spec.types import Decoded
+from edge_spec.types import Decoded, Output
 from tests.fake_engine import Answer, FakeEngine, run
 from tests.tiny_models import write_tiny_gguf
 
@@ -42,8 +42,13 @@ def talk(chat: Chat, questions: Sequence[str] = QUESTIONS, *, drafter: str = "no
     return [chat.send(question, max_tokens=12, drafter=drafter) for question in questions]
 
 
+def keeper(chat: Chat) -> TurnKeeper:
+    assert isinstance(chat._keeper, TurnKeeper)
+    return chat._keeper
+
+
 def ids_in_context(chat: Chat, question: str) -> list[int]:
-    return chat._transcript.ask(chat._kept.turns, question).ids
+    return keeper(chat)._transcript.ask(keeper(chat).turns, question).ids
 
 
 # The policy
@@ -78,7 +83,7 @@ def test_a_conversation_goes_on_past_the_window(engine: Engine) -> None:
     results = talk(chat)
     assert sum(result.prompt_tokens + result.generated_tokens <= WINDOW for result in results) == len(QUESTIONS)
     assert [m["content"] for m in chat.messages if m["role"] == "user"] == QUESTIONS, "messages hold all of it"
-    kept = [turn.question for turn in chat._kept.turns]
+    kept = [turn.question for turn in keeper(chat).turns]
     assert kept[0] == QUESTIONS[0]
     assert 1 < len(kept) < len(QUESTIONS)
     assert kept[1:] == QUESTIONS[-len(kept) + 1 :]
@@ -89,7 +94,7 @@ def test_what_was_dropped_is_reported_with_every_answer_that_lacks_it(engine: En
     results, turns = [], []
     for question in QUESTIONS:
         results += talk(chat, [question])
-        turns.append(chat._kept.turns[-1])
+        turns.append(keeper(chat).turns[-1])
     first = next(i for i, result in enumerate(results) if result.dropped)
     assert not any(result.notes != engine.info.notes for result in results[:first])
     for result in results[first:]:
@@ -97,7 +102,7 @@ def test_what_was_dropped_is_reported_with_every_answer_that_lacks_it(engine: En
         assert dropped.policy == "turns"
         assert dropped.text.startswith(f"user: {QUESTIONS[1]}\nassistant: ")
         assert any(f"({dropped.tokens} tokens)" in note for note in result.notes)
-    everything = chat._transcript.ask(turns, "and?").ids
+    everything = keeper(chat)._transcript.ask(turns, "and?").ids
     assert dropped.tokens == len(everything) - len(ids_in_context(chat, "and?"))
     chat.reset()
     assert not chat.send("hi", max_tokens=2).dropped
@@ -106,7 +111,7 @@ def test_what_was_dropped_is_reported_with_every_answer_that_lacks_it(engine: En
 def test_what_is_left_is_what_the_template_makes_of_it(engine: Engine) -> None:
     chat = engine.chat(system="Be brief")
     talk(chat)
-    messages = [*chat._transcript.system, *(m for turn in chat._kept.turns for m in turn.messages)]
+    messages = [*chat._system, *(m for turn in keeper(chat).turns for m in turn.messages)]
     messages.append({"role": "user", "content": "and?"})
     fresh = engine._source.template.render_ids(messages, engine._source.tokenizer)
     texts = (engine._source.tokenizer.decode(ids, skip_special=False) for ids in (ids_in_context(chat, "and?"), fresh))
@@ -120,9 +125,9 @@ def test_a_turn_after_pruning_reads_at_most_what_moved_and_the_others_what_is_ne
     read: list[int] = []
     original = OnnxModel.decode
 
-    def record(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def record(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         read.append(len(tokens))
-        return original(self, tokens, rows=rows)
+        return original(self, tokens, rows=rows, want=want)
 
     monkeypatch.setattr(OnnxModel, "decode", record)
     engine.reset()
@@ -169,14 +174,14 @@ def test_a_stop_string_does_not_undo_the_ids_of_other_turns(engine: Engine) -> N
     assert cut.text == whole[: whole.index(whole[8:11])]
     second = chat.send(QUESTIONS[1], max_tokens=5, drafter="none")
     chat.send(QUESTIONS[2], max_tokens=5, drafter="none")
-    assert chat._kept.turns[1].answered == second.token_ids
+    assert keeper(chat).turns[1].answered == second.token_ids
 
 
 def test_the_first_turn_goes_before_a_question_is_refused(engine: Engine) -> None:
     chat = engine.chat()
     chat.send("qz" * 55, max_tokens=4, drafter="none")
     result = chat.send("qx" * 80, max_tokens=4, drafter="none")
-    assert [turn.question for turn in chat._kept.turns] == ["qx" * 80]
+    assert [turn.question for turn in keeper(chat).turns] == ["qx" * 80]
     assert result.dropped[0].text.startswith("user: qz")
     with pytest.raises(ContextLengthError):
         chat.send("qz" * 130, max_tokens=4)
@@ -192,7 +197,7 @@ def test_on_full_error_refuses_and_leaves_the_conversation_as_it_was(engine: Eng
     with pytest.raises(ContextLengthError):
         chat.send("sorted " * 20)
     assert chat.messages == before
-    assert len(chat._kept.turns) == len(before) // 2
+    assert len(keeper(chat).turns) == len(before) // 2
 
 
 def test_an_unknown_policy_is_refused(engine: Engine) -> None:

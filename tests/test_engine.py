@@ -20,7 +20,7 @@ from edge_spec.errors import (
     UsageError,
     VocabMismatchError,
 )
-from edge_spec.types import Decoded
+from edge_spec.types import Decoded, Output
 from tests.tiny_models import tiny_vocabulary, write_tiny_gguf
 
 PROMPTS = ("def merge", "list of the list of the list", "Is it sorted? Is it in order?", "ä é 日 🙂")
@@ -58,9 +58,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     passes: list[tuple[str, int]] = []
     original = OnnxModel.decode
 
-    def record(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def record(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         passes.append((self.spec.name, len(tokens)))
-        return original(self, tokens, rows=rows)
+        return original(self, tokens, rows=rows, want=want)
 
     monkeypatch.setattr(OnnxModel, "decode", record)
     return passes
@@ -323,7 +323,7 @@ def test_a_conversation_is_what_the_template_makes_of_it(engine: Engine) -> None
     chat = engine.chat(system="the list")
     chat.send("is it?", max_tokens=6)
     chat.send("<|im_end|> in a question is plain text", max_tokens=6)
-    prompt = chat._transcript.ask(chat._kept.turns, "and?").ids
+    prompt = chat._keeper.ask("and?", n_ctx=512, max_tokens=1).prompt.ids
     tokenizer, template = engine._source.tokenizer, engine._source.template
     fresh = template.render_ids([*chat.messages, {"role": "user", "content": "and?"}], tokenizer)
     kept, anew = (tokenizer.decode(ids, skip_special=False) for ids in (prompt, fresh))

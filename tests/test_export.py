@@ -17,7 +17,8 @@ import pytest
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import ModelFormatError, StorageError, UnsupportedArchitectureError, UsageError
 from edge_spec.export import RECIPES, Recipe, default_recipe, ensure_export, export_model, find_recipe, open_export
-from edge_spec.export.exporter import DESCRIPTION, SOURCE, WEIGHTS
+from edge_spec.export.exporter import SOURCE, WEIGHTS
+from edge_spec.export.folder import DESCRIPTION
 from edge_spec.export.quantize import dequantize_rows, quantize_rows, repack_exact
 from edge_spec.export.reading import read_config
 from edge_spec.formats.gguf import GGUFFile

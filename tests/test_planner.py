@@ -11,7 +11,7 @@ from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.session import Session
 from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
 from edge_spec.drafting.acceptance import Acceptance
-from edge_spec.types import Decoded, SamplingParams
+from edge_spec.types import Decoded, Output, SamplingParams
 from tests.fakes import FakeLM
 
 # ---- costs
@@ -123,9 +123,9 @@ class TimedLM(FakeLM):
         super().__init__(**options)  # type: ignore[arg-type]
         self._clock, self._first_s, self._more_s = clock, first_s, more_s
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         self._clock.now += self._first_s + self._more_s * (len(tokens) - 1)
-        return super().decode(tokens, rows=rows)
+        return super().decode(tokens, rows=rows, want=want)
 
 
 @pytest.fixture
@@ -184,6 +184,14 @@ def test_a_long_prompt_is_not_read_by_the_draft_for_a_short_answer(clock: Clock)
     prompt = [3 + i % 50 for i in range(0, 3 * 350, 3)]
     list(decoder.generate(prompt, max_tokens=4))
     assert "model" not in decoder.stats.drafters
+
+
+def test_the_first_token_waits_for_no_draft_model(clock: Clock) -> None:
+    decoder = decoder_of(clock, target=(0.030, 0.001), draft=(0.002, 0.0002))
+    first, *later = decoder.generate([3 + i % 50 for i in range(0, 3 * 100, 3)], max_tokens=250)
+    assert first.source == "none"
+    assert decoder.stats.prefill_s == pytest.approx(0.030 + 99 * 0.001)  # the target alone
+    assert sum(step.source == "model" for step in later) > len(later) / 2
 
 
 def test_a_free_row_is_never_left_empty(clock: Clock) -> None:

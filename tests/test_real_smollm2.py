@@ -22,7 +22,7 @@ from edge_spec.export import RECIPES, export_model
 from edge_spec.formats.ggml import GGMLType
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.tokenizer import Tokenizer
-from edge_spec.types import Decoded
+from edge_spec.types import Decoded, Output
 from tests.exported_values import exported_values
 from tests.gguf_builder import TensorSpec, metadata_of, write_gguf
 
@@ -211,9 +211,9 @@ def test_a_chat_of_three_turns_reads_only_what_is_new(engine: Engine, monkeypatc
     read = dict.fromkeys((engine.info.target, "draft"), 0)
     original = OnnxModel.decode
 
-    def count(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def count(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         read[self.spec.name] += len(tokens)
-        return original(self, tokens, rows=rows)
+        return original(self, tokens, rows=rows, want=want)
 
     monkeypatch.setattr(OnnxModel, "decode", count)
     engine.reset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -101,8 +103,8 @@ def test_an_interrupt_inside_the_backend_is_a_failed_decode(monkeypatch: pytest.
     session.decode([1, 2, 3])
     decode = model.decode
 
-    def interrupted(tokens: list[int], *, rows: int = 1) -> None:
-        decode(tokens, rows=rows)
+    def interrupted(tokens: list[int], **options: Any) -> None:
+        decode(tokens, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(model, "decode", interrupted)

@@ -16,6 +16,7 @@ from edge_spec.errors import ModelFormatError
 from edge_spec.export import Export, Recipe, export_model, open_export
 from edge_spec.export.trim import head_ids
 from edge_spec.formats.gguf import GGUFFile
+from edge_spec.types import TOP_K, Output
 from tests.tiny_models import write_tiny_gguf
 
 N_VOCAB, HEAD_ROWS = 640, 300
@@ -79,6 +80,24 @@ def test_tokens_that_are_reached_have_theirs_too(models: tuple[OnnxModel, OnnxMo
     expected, logits = whole.decode(TOKENS, rows=2).logits, trimmed.decode(TOKENS, rows=2).logits
     np.testing.assert_allclose(logits[:, reached], expected[:, reached], atol=0.05)
     assert logits[0, 502] == -np.inf
+
+
+@pytest.mark.parametrize("reached", [[], [500], list(range(400, 600))])
+def test_the_top_k_are_those_of_what_can_be_reached(
+    models: tuple[OnnxModel, OnnxModel], exports: tuple[Export, Export], reached: list[int]
+) -> None:
+    _, trimmed = models
+    trimmed.reach(reached)
+    logits = trimmed.decode(TOKENS, rows=3).logits.copy()
+    trimmed.rollback(0)
+    top = trimmed.decode(TOKENS, rows=3, want=Output.TOP_K).top
+    assert top is not None
+    assert np.array_equal(top.ids, np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K])
+    np.testing.assert_array_equal(top.logits, np.take_along_axis(logits, top.ids, axis=1))
+    np.testing.assert_allclose(top.log_sum, np.log(np.exp(logits.astype(np.float64)).sum(axis=1)), rtol=1e-5)
+    kept = exports[1].read_head_ids()
+    assert kept is not None
+    assert np.isin(top.ids, [*kept, *reached]).all()
 
 
 def test_past_the_limit_earlier_tokens_are_forgotten(

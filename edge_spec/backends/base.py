@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from edge_spec.types import Decoded, ModelSpec
+from edge_spec.types import Decoded, ModelSpec, Output
 
 
 class CausalLM(Protocol):
@@ -21,10 +21,11 @@ class CausalLM(Protocol):
         """Number of tokens in the cache."""
         ...
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
-        """Append `tokens` to the cache and return the logits of the last `rows` of them, shape [rows, n_vocab].
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
+        """Append `tokens` to the cache and return what is wanted of the last `rows` of them.
 
-        `0 <= rows <= min(len(tokens), spec.max_rows)`; rows 0 computes no logits. The view is valid until the next
+        That is logits, shape [rows, n_vocab], or with `Output.TOP_K` the likeliest tokens, shape [rows, k].
+        `0 <= rows <= min(len(tokens), spec.max_rows)`; rows 0 computes no logits. Views are valid until the next
         decode. Raises ContextLengthError before anything is cached if the tokens do not fit, BackendError if the
         library fails (the cache is then undefined: roll back to 0).
         """

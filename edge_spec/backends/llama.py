@@ -19,6 +19,7 @@ from edge_spec.backends._llama_library import (
     last_reason,
     load_model,
 )
+from edge_spec.backends.top_k import top_k
 from edge_spec.cores import check_threads
 from edge_spec.errors import (
     BackendError,
@@ -29,7 +30,7 @@ from edge_spec.errors import (
     UsageError,
 )
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, Logits, ModelSpec
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 _DEFAULT_N_CTX = 4096
 _SEQUENCE = 0  # the only sequence in the cache
@@ -96,7 +97,7 @@ class LlamaModel:
         """Number of tokens in the cache."""
         return self._length
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """Append `tokens`; the logits of the last `rows` of them, as a view on llama.cpp's own buffer.
 
         The view ends with the next decode or close. See `CausalLM.decode` for what is raised; a token outside the
@@ -115,7 +116,8 @@ class LlamaModel:
             self._run(ids[done : done + width], 0)
             done += width
         self._run(ids[done:], rows)
-        return Decoded(self._logits(len(ids) - done, rows))
+        logits = self._logits(len(ids) - done, rows)
+        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
         """Keep the first `length` cached tokens.

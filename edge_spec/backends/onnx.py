@@ -7,8 +7,7 @@ rows keeps a row's logits the same bits whatever was decoded beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,16 +16,16 @@ from numpy.typing import NDArray
 
 from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
 from edge_spec.backends._contiguous_cache import ContiguousCache
+from edge_spec.backends._onnx_session import session_options, translated
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
-from edge_spec.errors import BackendError, ContextLengthError, ModelFormatError, UsageError
+from edge_spec.errors import ContextLengthError, ModelFormatError, UsageError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, Logits, ModelSpec
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 EMBEDDING = "token_embd.weight"
-
-MEMORY_REMEDY = "lower --ctx (n_ctx=), do without a draft model (--drafter lookup), or take a smaller model"
 
 
 class OnnxModel:
@@ -64,17 +63,19 @@ class OnnxModel:
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
-        with _translated(f"loading {name}"):
+        with translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
                 str(export.model_file),
-                _session_options(ort, threads),
+                session_options(ort, threads),
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,  # it would print to standard output and try the same again
             )
             self._binding: Any = self._session.io_binding()
             self._run_options = ort.RunOptions()
-            self._logits: Logits = np.full((max_rows, config.n_vocab), -np.inf, np.float32)
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
+            self._logits: Logits = (
+                np.empty((max_rows, config.n_vocab), np.float32) if self._head is None else self._head.logits
+            )
             self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
             self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx))
             self._bind_cache()
@@ -89,7 +90,7 @@ class OnnxModel:
         """Cached tokens."""
         return self._length
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """See `CausalLM.decode`."""
         self._require_open()
         n = len(tokens)
@@ -105,16 +106,16 @@ class OnnxModel:
         self._bind("rows", wanted)
         self._bind("seqlens_k", np.array([total - 1], np.int32))
         self._bind("total_sequence_length", np.array(total, np.int32))
-        scored = self._logits if self._head is None else self._head.logits
-        self._bind_output("logits", (1, len(wanted), scored.shape[1]), scored)
+        self._bind_output("logits", (1, len(wanted), self._logits.shape[1]), self._logits)
         if self._head is not None:
             self._bind_output("hidden", (1, len(wanted), self._head.hidden.shape[1]), self._head.hidden)
-        with _translated(f"decoding {n} tokens"):
+        with translated(f"decoding {n} tokens"):
             self._session.run_with_iobinding(self._binding, self._run_options)
         self._length += n
         if self._head is not None:
-            self._head.spread(self._logits, rows)
-        return Decoded(self._logits[:rows])
+            return self._head.read(rows, want)
+        logits = self._logits[:rows]
+        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, at no cost."""
@@ -135,7 +136,7 @@ class OnnxModel:
         self._require_open()
         check_resized(self._spec, self._length, n_ctx)
         check_exact(self._config, self._spec.name, n_ctx)
-        with _translated(f"a cache of {n_ctx} tokens"):
+        with translated(f"a cache of {n_ctx} tokens"):
             self._cache.resize(n_ctx, _capacity(n_ctx), self._length)
             self._spec = replace(self._spec, n_ctx=n_ctx)
             self._bind_cache()
@@ -195,31 +196,3 @@ class OnnxModel:
 def _capacity(n_ctx: int) -> int:
     """Tokens that a cache needs room for: the padding of the last one too."""
     return n_ctx + MAX_ALIGNMENT - 1
-
-
-def _session_options(ort: Any, threads: int) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what fails is raised; no need to print it too
-    # Workers that spin on after a run take the cores that the other model's run needs.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
-@contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions, which share no base of their own, and a want of memory into BackendError."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    kinds: list[type[Exception]] = [
-        kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
-    ]
-    try:
-        yield
-    except Exception as exc:
-        if isinstance(exc, MemoryError) or "bad_alloc" in str(exc):
-            raise BackendError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
-        if not isinstance(exc, (RuntimeError, ValueError, *kinds)):
-            raise
-        raise BackendError(f"ONNX Runtime failed while {doing}: {exc}") from exc

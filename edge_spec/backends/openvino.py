@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
+from edge_spec.backends._onnx_session import MEMORY_REMEDY
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
 from edge_spec.backends._openvino_limits import check_expressible
 from edge_spec.backends._paged_cache import PagedCache
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
-from edge_spec.backends.onnx import EMBEDDING, MEMORY_REMEDY
+from edge_spec.backends.onnx import EMBEDDING
+from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import (
     BackendError,
@@ -34,7 +36,7 @@ from edge_spec.export import Export
 from edge_spec.export.graph import Weights
 from edge_spec.export.stored import give_back, map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, Logits, ModelSpec
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 
 class OpenVinoModel:
@@ -87,8 +89,6 @@ class OpenVinoModel:
         with _translated(ov, f"loading {name}"):
             self._cache: Any = PagedCache(config, _capacity(n_ctx))
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
-            # Only a trimmed head's logits have to be spread; a whole one's are read where they are.
-            self._spread: Logits = np.full((max_rows if self._head else 0, config.n_vocab), -np.inf, np.float32)
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = _core().compile_model(model, "CPU", settings)
             self._request: Any = self._compiled.create_infer_request()
@@ -110,7 +110,7 @@ class OpenVinoModel:
         """Cached tokens."""
         return self._length
 
-    def decode(self, tokens: Sequence[int], *, rows: int = 1) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """See `CausalLM.decode`."""
         self._require_open()
         n = len(tokens)
@@ -136,7 +136,7 @@ class OpenVinoModel:
             self._request.infer(share_outputs=True)
             outputs = [tensor.data for tensor in self._request.output_tensors]
         self._length += n
-        return Decoded(self._scored(*outputs, rows=rows))
+        return self._scored(*outputs, rows=rows, want=want)
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, and the memory of what is forgotten goes back to the system."""
@@ -185,7 +185,6 @@ class OpenVinoModel:
         self._request = self._compiled = None
         self._weights = self._head = None
         self._held.clear()
-        self._spread = np.empty((0, 0), np.float32)
         self._cache = None
 
     def _require_open(self) -> None:
@@ -200,13 +199,12 @@ class OpenVinoModel:
             raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
         return self._embeddings.dequantize(EMBEDDING, ids)
 
-    def _scored(self, logits: Logits, *hidden: NDArray[np.float32], rows: int) -> Logits:
-        """The logits of `rows` rows over the whole vocabulary, from what the graph wrote."""
-        if self._head is None:
-            return logits[:rows]
-        self._head.logits[:rows], self._head.hidden[:rows] = logits[:rows], hidden[0][:rows]
-        self._head.spread(self._spread, rows)
-        return self._spread[:rows]
+    def _scored(self, logits: Logits, *hidden: NDArray[np.float32], rows: int, want: Output) -> Decoded:
+        """What is wanted of `rows` rows, from what the graph wrote."""
+        if self._head is not None:
+            self._head.logits[:rows], self._head.hidden[:rows] = logits[:rows], hidden[0][:rows]
+            return self._head.read(rows, want)
+        return Decoded(logits[:rows]) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits[:rows]))
 
     def _bind_cache(self) -> None:
         """Make the rotary factors, and give the request the blocks of each layer's keys and values."""

@@ -7,16 +7,17 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_spec.backends.top_k import join, top_k
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Logits
+from edge_spec.types import Decoded, Logits, Output, TopK
 
 _MAX_REACHED = 4096
 """Tokens that can be reached beside the head's; past that the ones of earlier texts are forgotten."""
 
 
 class TrimmedHead:
-    """Spreads a trimmed head's logits over the vocabulary, and scores tokens that were asked for in NumPy.
+    """Reads a trimmed head's logits as those of the vocabulary, and scores tokens that were asked for in NumPy.
 
     `logits` float32 [max_rows, head rows] and `hidden` float32 [max_rows, hidden] are what the graph writes.
     """
@@ -31,6 +32,7 @@ class TrimmedHead:
         self._known = np.zeros(export.config.n_vocab, bool)
         self._reached = self._forgotten = np.empty(0, np.int64)
         self._rows = np.empty((0, export.config.hidden), np.float32)
+        self._spread: Logits | None = None
         self._forget()
 
     @classmethod
@@ -52,18 +54,31 @@ class TrimmedHead:
         self._rows = np.concatenate([self._rows, self._source.dequantize(self._tensor, new)])
         self._known[new] = True
 
-    def spread(self, out: Logits, rows: int) -> None:
-        """Write the last pass's logits into the first `rows` of `out` [max_rows, n_vocab].
+    def read(self, rows: int, want: Output) -> Decoded:
+        """What is wanted of the first `rows` rows that the graph wrote; of all tokens that are not reached, nothing:
+        their logits are minus infinity."""
+        if want is Output.TOP_K:
+            return Decoded(np.empty((0, len(self._known)), np.float32), self._top_k(rows))
+        if self._spread is None:  # a draft never needs it
+            self._spread = np.full((len(self.logits), len(self._known)), -np.inf, np.float32)
+        self._spread[:, self._forgotten] = -np.inf
+        self._forgotten = self._forgotten[:0]
+        self._spread[:rows, self._ids] = self.logits[:rows]
+        self._spread[:rows, self._reached] = self._score_reached(rows)
+        return Decoded(self._spread[:rows])
 
-        All other entries are minus infinity, and have to be before the first call.
-        """
-        if len(self._forgotten):
-            out[:, self._forgotten] = -np.inf
-            self._forgotten = self._forgotten[:0]
-        out[:rows, self._ids] = self.logits[:rows]
-        if len(self._reached):
-            reached = self.hidden[:rows] @ self._rows.T
-            out[:rows, self._reached] = self._softcap * np.tanh(reached / self._softcap) if self._softcap else reached
+    def _top_k(self, rows: int) -> TopK:
+        kept = top_k(self.logits[:rows])
+        kept = TopK(self._ids[kept.ids], kept.logits, kept.log_sum)
+        if not len(self._reached):
+            return kept
+        reached = top_k(self._score_reached(rows))
+        return join(kept, TopK(self._reached[reached.ids], reached.logits, reached.log_sum))
+
+    def _score_reached(self, rows: int) -> Logits:
+        """Logits [rows, reached tokens]."""
+        scores: Logits = self.hidden[:rows] @ self._rows.T
+        return self._softcap * np.tanh(scores / self._softcap) if self._softcap else scores
 
     def _forget(self) -> None:
         self._known[:] = False

@@ -21,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-COMMANDS = ("pull", "models", "rm", "export", "generate", "chat", "bench", "history")
+COMMANDS = ("pull", "models", "rm", "export", "generate", "chat", "estimate", "bench", "doctor", "history")
 
 
 def _print_version(wanted: bool) -> None:
@@ -48,7 +48,7 @@ for _name in COMMANDS:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run a command line (`sys.argv` if None) and exit with its code.
 
-    0 done, 1 the work failed, 2 bad usage, 130 interrupted.
+    0 done, 1 the work failed, 2 bad usage, 3 it does not fit the memory, 130 interrupted.
     """
     with all_streams_open(), error_boundary():
         try:

@@ -17,6 +17,7 @@ from edge_spec.types import Progress
 
 FAILED = 1
 BAD_USAGE = 2
+DOES_NOT_FIT = 3
 INTERRUPTED = 130
 _PLAIN_EVERY_S = 5.0
 
@@ -78,22 +79,24 @@ def print_json(value: object) -> None:
 
 
 @contextmanager
-def byte_progress(label: str) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+def byte_progress(label: str, *, unit: str = "bytes") -> Iterator[tuple[Progress, Callable[[str], None]]]:
     """A callback that shows bytes done of bytes in all on standard error, and one that prints a note beside it.
 
-    On a terminal it is a bar, which appears with the first bytes; elsewhere a line now and then.
+    On a terminal it is a bar, which appears with the first bytes; elsewhere a line now and then. Another `unit` is
+    counted as it is.
     """
     if sys.stderr.isatty():
-        yield from _bar(label)
+        yield from _bar(label, unit)
     else:
-        yield _plain_lines(label), print_note
+        yield _plain_lines(label, unit), print_note
 
 
-def _bar(label: str) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+def _bar(label: str, unit: str) -> Iterator[tuple[Progress, Callable[[str], None]]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
@@ -104,8 +107,7 @@ def _bar(label: str) -> Iterator[tuple[Progress, Callable[[str], None]]]:
     bar = Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *([DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]),
         TimeRemainingColumn(),
         console=console,
         redirect_stdout=False,
@@ -125,7 +127,7 @@ def _bar(label: str) -> Iterator[tuple[Progress, Callable[[str], None]]]:
         yield update, note
 
 
-def _plain_lines(label: str) -> Progress:
+def _plain_lines(label: str, unit: str) -> Progress:
     last_s, complete = time.monotonic(), False
 
     def update(done: int, total: int) -> None:
@@ -133,6 +135,7 @@ def _plain_lines(label: str) -> Progress:
         now = time.monotonic()
         if not complete and (done == total or now - last_s >= _PLAIN_EVERY_S):
             last_s, complete = now, done == total
-            print_note(f"{label}: {format_size(done)} of {format_size(total)} ({done / total:.0%})")
+            counted = f"{format_size(done)} of {format_size(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
+            print_note(f"{label}: {counted} ({done / total:.0%})")
 
     return update

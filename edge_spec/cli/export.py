@@ -1,97 +1,158 @@
-"""`edge-spec export`: a GGUF as a folder that the onnx and openvino backends run."""
+"""`edge-spec export`: a model as a folder that the onnx and openvino backends run, or as a GGUF of another type."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edge_spec.cli.console import byte_progress, print_note
-from edge_spec.errors import StorageError, UsageError
+from edge_spec.errors import UsageError
 from edge_spec.sizes import format_size
 
 if TYPE_CHECKING:
+    from edge_spec.checkpoint.exporter import GraphExport
+    from edge_spec.export.exporter import Export
     from edge_spec.export.recipe import Recipe
     from edge_spec.store import Store
 
-QUALITY = "quality.json"
-"""Where the figures of `--report` are kept, in the export's folder."""
+FORMATS = ("onnx", "gguf")
 
 
 def export(
     *,
-    source: Annotated[str, typer.Argument(help="A model's name, a pulled hub reference, or a GGUF file.")],
+    source: Annotated[
+        str, typer.Argument(help="A model's name, a pulled hub reference, a GGUF file, or a checkpoint's folder.")
+    ],
     to: Annotated[
-        Path | None, typer.Option(help="The new folder; it stands alone. Default: the store, as the first run does.")
+        str | None,
+        typer.Option(help="The new folder (or .gguf file); it stands alone. Default: the store."),
     ] = None,
+    format_: Annotated[str, typer.Option("--format", help="onnx or gguf.")] = "onnx",
     draft_of: Annotated[
         str | None,
-        typer.Option(help="The target that this will draft for: 4 bits and a trimmed output head (recipe draft)."),
+        typer.Option(help="The target that this will draft for: 4 bits, and in ONNX a trimmed output head."),
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="int4, int8 or exact. Default: follows the source.")] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8 bits a weight, for a recipe of your own.")] = None,
     block: Annotated[int | None, typer.Option(help="Weights that share a scale, for a recipe of your own.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
-    report: Annotated[
-        bool,
-        typer.Option(
-            "--report", help="Compare the export with its source, on a text and on answers: a table, and quality.json."
-        ),
-    ] = False,
+    type_: Annotated[
+        str | None, typer.Option("--type", help="GGUF: Q4_0 (the default), Q4_K_M, Q8_0, ... Implies --format gguf.")
+    ] = None,
+    pure: Annotated[bool, typer.Option(help="GGUF: every matrix of this type, the output head too.")] = False,
+    name: Annotated[str | None, typer.Option(help="GGUF: what the store calls it. Default: SOURCE-TYPE.")] = None,
+    optimum_python: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint: a Python that has optimum. Default: this one, else an environment made once."),
+    ] = None,
 ) -> None:
-    """Export a model to ONNX with 4- or 8-bit weights. The folder's path goes to standard output."""
-    from edge_spec.export.exporter import ensure_export, export_model
+    """Export a model: to ONNX with 4- or 8-bit weights, or to a GGUF of another type (`--to gguf --type Q4_0`).
+
+    The path of what was made goes to standard output.
+    """
+    from edge_spec.checkpoint import is_checkpoint
     from edge_spec.store import Store
 
+    if to == "gguf":
+        format_, to = "gguf", None
+    if format_ not in FORMATS:
+        raise UsageError(f"--format {format_}: choose one of {', '.join(FORMATS)}")
+    as_gguf = format_ == "gguf" or type_ is not None
+    _refuse(as_gguf, {"--recipe": recipe, "--bits": bits, "--block": block}, "is for ONNX: a GGUF has a --type")
+    _refuse(not as_gguf, {"--pure": pure or None, "--name": name}, "is for --format gguf")
+    if draft_of is not None and (recipe is not None or bits is not None or block is not None):
+        raise UsageError("--draft-of decides the recipe: drop --recipe, --bits and --block")
+
     store = Store()
-    model = store.resolve(source)
+    folder = Path(source).expanduser()
+    if is_checkpoint(folder):
+        _refuse(as_gguf, {"--format gguf": True}, "takes a GGUF: llama.cpp's converter makes one of a checkpoint")
+        _refuse(True, {"--draft-of": draft_of}, "takes a GGUF: a checkpoint's head cannot be trimmed")
+        chosen = _choose(None, recipe, bits, block)
+        _tell(_export_checkpoint(store, folder, to, chosen, python=optimum_python, threads=threads))
+        return
+    _refuse(True, {"--optimum-python": optimum_python}, "is for the folder of a checkpoint")
     if draft_of is not None:
-        if recipe is not None or bits is not None or block is not None:
-            raise UsageError("--draft-of decides the recipe: drop --recipe, --bits and --block")
-        if report:
-            raise UsageError("--report compares whole vocabularies, and a draft leaves tokens out: drop it")
-        recipe = "draft"
         _check_vocabulary(store, source, draft_of)
-    chosen = _choose(model.path, recipe, bits, block)
-    with byte_progress(f"export {model.name} as {chosen.name}") as (progress, _):
+    if as_gguf:
+        print(_requantize(store, source, to, name, type_, pure=pure or draft_of is not None, threads=threads))
+        return
+    recipe = "draft" if draft_of is not None else recipe
+    model = store.resolve(source)
+    _tell(_export_gguf(store, source, to, _choose(model.path, recipe, bits, block), threads))
+
+
+def _export_gguf(store: Store, source: str, to: str | None, recipe: Recipe, threads: int | None) -> Export:
+    from edge_spec.export.exporter import ensure_export, export_model
+
+    model = store.resolve(source)
+    with byte_progress(f"export {model.name} as {recipe.name}") as (progress, _):
         if to is None:
-            made = ensure_export(
-                model.path, model.sha256, chosen, store.exports_dir, threads=threads, progress=progress
+            return ensure_export(
+                model.path, model.sha256, recipe, store.exports_dir, threads=threads, progress=progress
             )
+        path = Path(to).expanduser()
+        return export_model(model.path, recipe, path, sha256=model.sha256, threads=threads, progress=progress)
+
+
+def _export_checkpoint(
+    store: Store, folder: Path, to: str | None, recipe: Recipe, *, python: Path | None, threads: int | None
+) -> GraphExport:
+    from edge_spec.checkpoint import open_checkpoint
+    from edge_spec.checkpoint.environment import ensure_environment, find_python
+    from edge_spec.checkpoint.exporter import ensure_graph_export, export_graph
+
+    checkpoint = open_checkpoint(folder)
+    sha256 = checkpoint.sha256(store.cache_dir)
+    with byte_progress(f"export {checkpoint.name} as {recipe.name}") as (progress, note):
+
+        def find() -> Path:
+            return find_python(python) or ensure_environment(store.cache_dir, note)
+
+        if to is None:
+            return ensure_graph_export(
+                checkpoint, sha256, recipe, store.exports_dir, find, note=note, threads=threads, progress=progress
+            )
+        path = Path(to).expanduser()
+        return export_graph(checkpoint, sha256, recipe, path, find, note=note, threads=threads, progress=progress)
+
+
+def _requantize(
+    store: Store, source: str, to: str | None, name: str | None, type_: str | None, *, pure: bool, threads: int | None
+) -> Path:
+    from edge_spec.export.requantize import DEFAULT_TYPE, check_type, requantize
+
+    model, file_type = store.resolve(source), check_type(type_ or DEFAULT_TYPE)
+    name = name or f"{model.name}-{file_type.lower()}"
+    with byte_progress(f"export {model.name} as {file_type}", unit="tensors") as (progress, note):
+
+        def make(path: Path) -> None:
+            requantize(model.path, path, file_type, pure=pure, threads=threads, progress=progress)
+
+        if to is None:
+            made_from = f"{model.sha256} {file_type}{' pure' if pure else ''}"
+            path = store.make(name, make, made_from=made_from, source=model, note=note).path
         else:
-            made = export_model(
-                model.path, chosen, to.expanduser(), sha256=model.sha256, threads=threads, progress=progress
-            )
+            path = Path(to).expanduser()
+            path = path if path.suffix == ".gguf" else path / f"{name}.gguf"
+            make(path)
+    print_note(f"{format_size(path.stat().st_size)}" + (f", called {name} in the store" if to is None else ""))
+    return path
+
+
+def _tell(made: Export | GraphExport) -> None:
     if made.requantized:
-        print_note(f"no exact form for {', '.join(made.requantized)} tensors: stored with {chosen.bits} bits")
+        print_note(f"no exact form for {', '.join(made.requantized)} tensors: stored with {made.recipe.bits} bits")
     print_note(f"{format_size(made.weight_bytes)} of weights")
-    if report:
-        _report(store, model.path, made.path, threads)
     print(made.path)
 
 
-def _report(store: Store, source: Path, export: Path, threads: int | None) -> None:
-    """How the export compares with its source: a table on standard error, and quality.json beside the weights."""
-    from edge_spec.benchmark.workload import sample_workload
-    from edge_spec.cli.progress import ProgressDisplay
-    from edge_spec.cores import check_threads
-    from edge_spec.quality.contender import Name
-    from edge_spec.quality.measure import Plan, measure, reference_for
-    from edge_spec.quality.report import as_json, as_text
-
-    plan = Plan(prompts=sample_workload(), threads=check_threads(threads))
-    reference = reference_for(source)
-    print_note(f"compared with {reference}")
-    with ProgressDisplay() as display:
-        rows = measure(plan, reference, [Name("onnx", str(export))], store, display.stage)
-    print_note(as_text(rows))
-    written = json.dumps(as_json(rows, {"reference": str(reference)}), indent=2)
-    try:
-        (export / QUALITY).write_text(written + "\n", "utf-8")
-    except OSError as exc:
-        raise StorageError(f"{export / QUALITY} cannot be written: {exc}") from exc
+def _refuse(where: bool, options: dict[str, object], why: str) -> None:
+    given = [option for option, value in options.items() if value is not None]
+    if where and given:
+        raise UsageError(f"{given[0]} {why}")
 
 
 def _check_vocabulary(store: Store, draft: str, target: str) -> None:
@@ -102,7 +163,8 @@ def _check_vocabulary(store: Store, draft: str, target: str) -> None:
     check_same_vocabulary(find_source(store, target).tokenizer, find_source(store, draft).tokenizer)
 
 
-def _choose(path: Path, name: str | None, bits: int | None, block: int | None) -> Recipe:
+def _choose(path: Path | None, name: str | None, bits: int | None, block: int | None) -> Recipe:
+    """The recipe that was asked for; else what follows from the GGUF at `path`, or 4 bits where there is none."""
     from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
     from edge_spec.formats.gguf import GGUFFile
 
@@ -111,8 +173,11 @@ def _choose(path: Path, name: str | None, bits: int | None, block: int | None) -
         if own:
             raise UsageError("--recipe decides bits and block: give --recipe, or --bits and --block")
         return find_recipe(name)
-    with GGUFFile(path) as gguf:
-        default = default_recipe(gguf)
+    if path is None:
+        default = RECIPES["int4"]
+    else:
+        with GGUFFile(path) as gguf:
+            default = default_recipe(gguf)
     if not own:
         return default
     bits, block = bits or default.bits, block or default.block

@@ -12,7 +12,7 @@ import typer
 
 from edge_spec.cli import options
 from edge_spec.cli.console import INTERRUPTED
-from edge_spec.cli.options import BackendName, DrafterName
+from edge_spec.cli.options import BackendName, DrafterName, OnFullPrompt
 from edge_spec.cli.progress import ProgressDisplay
 from edge_spec.cli.status import remark, remark_notes, status_line
 from edge_spec.cli.streaming import Outcome, follow, show
@@ -29,6 +29,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: the model continues the prompt.")] = False,
     max_tokens: options.MaxTokensOption = None,
     stop: options.StopOption = None,
+    on_full: options.OnFullPromptOption = OnFullPrompt.ERROR,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with the text and all figures instead.")
     ] = False,
@@ -98,6 +99,7 @@ def generate(
                 text,
                 system=system,
                 raw=raw,
+                on_full=on_full.value,
                 max_tokens=max_tokens,
                 sampling=sampling,
                 stop=stops,

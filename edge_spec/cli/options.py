@@ -34,6 +34,14 @@ class OnFull(StrEnum):
     """What a conversation does when it outgrows the window."""
 
     TURNS = "turns"
+    SINKS = "sinks"
+    ERROR = "error"
+
+
+class OnFullPrompt(StrEnum):
+    """What a single prompt and its answer do when they outgrow the window."""
+
+    SINKS = "sinks"
     ERROR = "error"
 
 
@@ -86,7 +94,16 @@ OnFullOption = Annotated[
     OnFull,
     typer.Option(
         help="What happens to a conversation that outgrows the window: turns drops the oldest but the first, "
-        "error refuses the turn.",
+        "sinks evicts the middle from the cache, error refuses the turn.",
+        rich_help_panel=_TEXT,
+    ),
+]
+OnFullPromptOption = Annotated[
+    OnFullPrompt,
+    typer.Option(
+        "--on-full",
+        help="What happens when prompt and text outgrow the window: error refuses the prompt or ends the text, "
+        "sinks evicts the middle from the cache and goes on.",
         rich_help_panel=_TEXT,
     ),
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edge_spec.chat_template import ChatTemplate
+from edge_spec.decoding.prefix import common_prefix
 from edge_spec.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -62,7 +63,7 @@ class Transcript:
         if turns and not any(turn.is_whole for turn in turns[1:]):
             appended = ids_after_answer(self._template, self._tokenizer, messages)
         if appended is None:
-            rendered = self._template.render_ids(messages, self._tokenizer)
+            rendered = self._render(messages)
             return Asked(rendered, rendered, is_whole=True)
         ids: list[int] = []
         for i, turn in enumerate(turns):
@@ -77,13 +78,36 @@ class Transcript:
 
     def _opening(self, turn: Turn) -> list[int]:
         """What is read before the answer of a turn that others came before, now that it comes first."""
-        return self._template.render_ids([*self.system, turn.messages[0]], self._tokenizer)
+        return self._render([*self.system, turn.messages[0]])
+
+    def opening_length(self) -> int:
+        """Tokens before the first question's text: the system message and marks."""
+        one, other = (self._render([*self.system, {"role": "user", "content": text}]) for text in ("a", "b"))
+        return common_prefix(one, other)
+
+    def appends(self) -> bool:
+        """Whether the template adds a turn without changing what came before."""
+        turn = Turn("a", "b", [], [], is_whole=True)
+        messages = [*self.system, *turn.messages, {"role": "user", "content": "c"}]
+        return ids_after_answer(self._template, self._tokenizer, messages) is not None
+
+    def ids_after(self, turn: Sequence[Message], question: Message) -> list[int]:
+        """What is read after the answer of `turn` (a question and its answer; nothing at the start) for the next."""
+        messages = [*self.system, *turn, question]
+        asked = ids_after_answer(self._template, self._tokenizer, messages) if turn else None
+        return asked if asked is not None else self._render(messages)
+
+    def ends_itself(self, asked: Sequence[int], last: int) -> bool:
+        """Whether the template ends the answer although its `last` token does: one of the two is too many."""
+        return asked[0] in self._tokenizer.stop_ids and last in self._tokenizer.stop_ids
 
     def _extend(self, ids: list[int], asked: list[int]) -> None:
-        stops = self._tokenizer.stop_ids
-        if ids and asked[0] in stops and ids[-1] in stops:
-            ids.pop()  # the template ends the answer itself
+        if ids and self.ends_itself(asked, ids[-1]):
+            ids.pop()
         ids += asked
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        return self._template.render_ids(messages, self._tokenizer)
 
 
 def ids_after_answer(

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+from edge_spec.context.keeper import Answered, Asking
+from edge_spec.context.transcript import Transcript, Turn
+from edge_spec.types import Dropped, Prompt
+
+_ARCHIVE_TOKENS = 8192
+"""Dropped text that can still be copied from, the newest of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +50,99 @@ class ByTurns:
         if droppable and length(droppable - 1) <= spare:
             return droppable - 1
         return droppable
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What of the conversation is in the context, and what has gone from it."""
+
+    turns: tuple[Turn, ...] = ()
+    dropped_turns: int = 0
+    dropped_tokens: int = 0
+    dropped_texts: tuple[str, ...] = field(default=(), repr=False)
+    archive: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def dropped(self) -> tuple[Dropped, ...]:
+        """What has gone, for a result."""
+        if not self.dropped_turns:
+            return ()
+        return (Dropped("turns", self.dropped_tokens, "\n".join(self.dropped_texts)),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The same in a sentence."""
+        if not self.dropped_turns:
+            return ()
+        turns = "1 earlier turn is" if self.dropped_turns == 1 else f"{self.dropped_turns} earlier turns are"
+        return (f"{turns} no longer in the context ({self.dropped_tokens} tokens), which was full",)
+
+
+class TurnKeeper:
+    """Keeps whole turns as ids; without a policy all of them, and a question too many does not fit."""
+
+    def __init__(self, transcript: Transcript, policy: ByTurns | None) -> None:
+        self._transcript = transcript
+        self._policy = policy
+        self._kept = _Kept()
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Those in the context."""
+        return self._kept.turns
+
+    def reset(self) -> None:
+        """Forget every turn."""
+        self._kept = _Kept()
+
+    def ask(self, question: str, *, n_ctx: int, max_tokens: int | None) -> Asking:
+        """The turns that stay, and the question."""
+        kept = self._kept
+        if self._policy is not None and kept.turns:
+            droppable = len(kept.turns) - 1
+            count = self._policy.count(lambda k: self._length_without(k, question), droppable, n_ctx, max_tokens)
+            kept = self._drop(kept, count, question)
+            if count == droppable and self._length(kept.turns, question) >= n_ctx:
+                kept = self._drop(kept, 0, question, pinned=0)  # the first turn too, before nothing can be said
+        asked = self._transcript.ask(kept.turns, question)
+
+        def settle(answered: Answered | None) -> None:
+            self._kept = kept
+            if answered is not None:
+                turn = Turn(question, answered.text, asked.asked, answered.ids, asked.is_whole)
+                self._kept = replace(kept, turns=(*kept.turns, turn))
+
+        return Asking(Prompt(asked.ids, archive=kept.archive, dropped=kept.dropped, notes=kept.notes), settle)
+
+    def prune(self, max_tokens: int) -> int:
+        """Drop turns but the first."""
+        if self._policy is None:
+            return 0
+        before = self._kept.dropped_tokens
+        droppable = max(0, len(self._kept.turns) - 1)
+        count = self._policy.count_down_to(lambda k: self._length_without(k, ""), droppable, max_tokens)
+        self._kept = self._drop(self._kept, count, "")
+        return self._kept.dropped_tokens - before
+
+    def _length_without(self, count: int, question: str) -> int:
+        """Tokens of a prompt without the `count` oldest turns behind the first."""
+        turns = self._kept.turns
+        return self._length((*turns[:1], *turns[1 + count :]), question)
+
+    def _length(self, turns: tuple[Turn, ...], question: str) -> int:
+        return len(self._transcript.ask(turns, question).ids)
+
+    def _drop(self, kept: _Kept, count: int, question: str, *, pinned: int = 1) -> _Kept:
+        """Without the first turn unless it is pinned, and without the `count` turns behind it."""
+        gone = kept.turns[pinned : 1 + count]
+        if not gone:
+            return kept
+        left = (*kept.turns[:pinned], *kept.turns[1 + count :])
+        archive = [*kept.archive, *(token for turn in gone for token in self._transcript.copyable(turn))]
+        return _Kept(
+            left,
+            kept.dropped_turns + len(gone),
+            kept.dropped_tokens + self._length(kept.turns, question) - self._length(left, question),
+            (*kept.dropped_texts, *(turn.text for turn in gone)),
+            tuple(archive[-_ARCHIVE_TOKENS:]),
+        )

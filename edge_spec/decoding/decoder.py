@@ -15,7 +15,7 @@ from edge_spec.decoding.sampling import make_sampler
 from edge_spec.decoding.session import Session
 from edge_spec.decoding.verify import verify
 from edge_spec.errors import ContextLengthError, GenerationCancelled, UsageError
-from edge_spec.types import Draft, DrafterStats, FinishReason, Progress, SamplingParams
+from edge_spec.types import Draft, DrafterStats, Eviction, FinishReason, Hole, ModelSpec, Progress, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class DecodeStats:
     """The target's passes, in the later steps."""
     own_s: float = 0.0
     """All else in the later steps: verifying, sampling, bookkeeping."""
+    holes: list[Hole] = field(default_factory=list)
+    """What the context has lost so far, the prompt's losses first."""
 
     def add(self, step: Step) -> None:
         """Count one step."""
@@ -78,6 +80,8 @@ class SpeculativeDecoder:
         self._drafter = drafter or NoDrafter()
         self.stats = DecodeStats()
         """Figures of the latest generation; they grow while it runs."""
+        self._eviction: Eviction | None = None
+        self._prune_to: int | None = None
 
     def generate(
         self,
@@ -89,6 +93,8 @@ class SpeculativeDecoder:
         max_draft: int | None = None,
         references: Sequence[Sequence[int]] = (),
         archive: Sequence[int] = (),
+        holes: Sequence[Hole] = (),
+        eviction: Eviction | None = None,
         cancelled: Callable[[], bool] | None = None,
         on_progress: Progress | None = None,
     ) -> Iterator[Step]:
@@ -99,6 +105,9 @@ class SpeculativeDecoder:
         being read, returns False (CANCELLED; takes effect within one step, or one chunk of the prompt).
         `max_draft` caps the drafts of all drafters. `references`: texts, as ids, that a drafter may copy from;
         `archive`: what the context has lost, which may be copied from too. Leaving the iterator early is fine.
+
+        `holes`: what was evicted from the prompt while it was read. `eviction`: what goes when the window is full, so
+        that the text goes on; the same goes at the same place whatever drafts.
 
         Raises at the call: UsageError, ContextLengthError (the prompt leaves no room for a token).
         """
@@ -119,21 +128,33 @@ class SpeculativeDecoder:
             sampling=sampling,
             rng=np.random.default_rng(sampling.seed),
             prompt_length=len(prompt_ids),
-            max_length=min(spec.n_ctx, sys.maxsize if max_tokens is None else len(prompt_ids) + max_tokens),
+            max_length=_most_tokens(spec.n_ctx, len(prompt_ids), max_tokens, endless=eviction is not None),
             n_vocab=spec.n_vocab,
             stop_ids=frozenset(stop_ids),
             references=tuple(tuple(text) for text in references),
             archive=tuple(archive),
+            holes=tuple(holes),
             cancelled=cancelled or _never,
         )
         limits = _Limits(
-            n_ctx=spec.n_ctx,
+            spec=lambda: self._session.spec,
             max_length=sys.maxsize if max_tokens is None else len(prompt_ids) + max_tokens,
             max_draft=spec.max_rows - 1 if max_draft is None else min(max_draft, spec.max_rows - 1),
             stop_ids=request.stop_ids,
         )
-        self.stats = DecodeStats()
+        self.stats = DecodeStats(holes=list(holes))
+        self._eviction, self._prune_to = eviction, None
         return self._steps(History(prompt_ids), request, limits, self.stats, on_progress)
+
+    def prune(self, max_tokens: int) -> bool:
+        """Before the next step, evict so that the context has at most `max_tokens` tokens; False if nothing may go.
+
+        May be called between two steps, or from another thread.
+        """
+        if self._eviction is None:
+            return False
+        self._prune_to = max_tokens
+        return True
 
     def _steps(
         self, history: History, request: Request, limits: _Limits, stats: DecodeStats, on_progress: Progress | None
@@ -143,13 +164,14 @@ class SpeculativeDecoder:
             self._drafter.start(request)
             while finish_reason is None:
                 lap()  # what passed since the last step was the caller's time
+                self._make_room(history, limits)
                 draft = self._propose(history, request, limits)
                 stats.draft_s += lap()
                 stats.draft_model_s += draft.model_s
 
                 reading = _until(request.cancelled, on_progress if stats.steps == 0 else None)
                 sequence, num_rows = history.tokens + draft.tokens, len(draft.tokens) + 1
-                decoded = self._session.decode(sequence, rows=num_rows, on_progress=reading)
+                decoded = self._session.decode(sequence, rows=num_rows, holes=stats.holes, on_progress=reading)
                 target_s = lap()
                 stats.target_s += target_s
 
@@ -157,7 +179,7 @@ class SpeculativeDecoder:
                 self._drafter.observe(history.tokens, draft, verdict, target_s if stats.steps else None)
                 tokens = limits.cut([*draft.tokens[: verdict.num_accepted], verdict.next_token])
                 history.extend(tokens)
-                finish_reason = limits.finish_reason(history)
+                finish_reason = limits.finish_reason(history, may_evict=self._may_evict(history, limits))
                 accepted = min(verdict.num_accepted, len(tokens))
                 step = Step(tokens, draft.source, len(draft.tokens), accepted, finish_reason)
                 stats.add(step)
@@ -167,6 +189,24 @@ class SpeculativeDecoder:
                 yield step
         except GenerationCancelled:
             yield Step([], finish_reason=FinishReason.CANCELLED)
+
+    def _make_room(self, history: History, limits: _Limits) -> None:
+        """Evict what has to go before the next step."""
+        wanted, self._prune_to = self._prune_to, None
+        span = None
+        if self._eviction is not None:
+            if wanted is not None and wanted < len(history):
+                span = self._eviction.span_down_to(len(history), wanted)
+            elif len(history) >= limits.n_ctx:
+                span = self._eviction.span(len(history), limits.n_ctx)
+        if span is not None:
+            context = list(history.tokens)
+            hole = history.evict(*span)
+            self._drafter.evict(context, hole)
+            self.stats.holes.append(hole)
+
+    def _may_evict(self, history: History, limits: _Limits) -> bool:
+        return self._eviction is not None and self._eviction.span(len(history), limits.n_ctx) is not None
 
     def _propose(self, history: History, request: Request, limits: _Limits) -> Draft:
         if request.cancelled():
@@ -179,16 +219,23 @@ class SpeculativeDecoder:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Where a generation ends. Lengths count prompt and new tokens."""
+    """Where a generation ends."""
 
-    n_ctx: int
+    spec: Callable[[], ModelSpec]
+    """The target's: its window may change while it writes."""
     max_length: int
+    """Of prompt and new tokens, those that were evicted too."""
     max_draft: int
     stop_ids: frozenset[int]
 
+    @property
+    def n_ctx(self) -> int:
+        return self.spec().n_ctx
+
     def room_for_draft(self, history: History) -> int:
         """How many tokens may be drafted, so that they and the token after them fit."""
-        return max(0, min(self.max_draft, min(self.max_length, self.n_ctx) - len(history) - 1))
+        written = len(history) + history.num_evicted
+        return max(0, min(self.max_draft, self.max_length - written - 1, self.n_ctx - len(history) - 1))
 
     def cut(self, tokens: list[int]) -> list[int]:
         """`tokens` up to and with the first stop id."""
@@ -197,12 +244,12 @@ class _Limits:
                 return tokens[: i + 1]
         return tokens
 
-    def finish_reason(self, history: History) -> FinishReason | None:
+    def finish_reason(self, history: History, *, may_evict: bool) -> FinishReason | None:
         if history.tokens[-1] in self.stop_ids:
             return FinishReason.STOP
-        if len(history) >= self.max_length:
+        if len(history) + history.num_evicted >= self.max_length:
             return FinishReason.LENGTH
-        if len(history) >= self.n_ctx:
+        if len(history) >= self.n_ctx and not may_evict:
             return FinishReason.CONTEXT_FULL
         return None
 
@@ -226,6 +273,12 @@ def _until(cancelled: Callable[[], bool], on_progress: Progress | None) -> Progr
         return wanted and not cancelled()
 
     return progress
+
+
+def _most_tokens(n_ctx: int, prompt: int, max_tokens: int | None, *, endless: bool) -> int:
+    """What prompt and text may come to."""
+    wanted = sys.maxsize if max_tokens is None else prompt + max_tokens
+    return wanted if endless else min(n_ctx, wanted)
 
 
 def _never() -> bool:

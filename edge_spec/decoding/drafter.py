@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edge_spec.types import Context, Draft, SamplingParams, Verdict
+from edge_spec.types import Context, Draft, Hole, SamplingParams, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,8 @@ class Request:
     """Texts, as ids, that the answer may copy from."""
     archive: tuple[int, ...] = ()
     """Text, as ids, that was in the context and is no longer."""
+    holes: tuple[Hole, ...] = ()
+    """What was evicted from the prompt while it was read."""
     cancelled: Callable[[], bool] = lambda: False
     """For a drafter whose work takes long: it raises GenerationCancelled soon after this turns true."""
 
@@ -62,6 +64,10 @@ class Drafter(Protocol):
 
         `target_s`: seconds of the target's pass; None for the first, which read the prompt too.
         """
+        return
+
+    def evict(self, context: Context, hole: Hole) -> None:  # noqa: ARG002
+        """Called when `context` is about to lose the tokens of `hole`; the next one to draft for has not got them."""
         return
 
     def close(self) -> None:

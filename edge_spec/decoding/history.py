@@ -9,15 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.decoding.prefix import common_prefix
+from edge_spec.types import Hole
 
 
 class History:
-    """A prompt and what was generated after it. Grows and shrinks at its end, in constant time a token."""
+    """A prompt and what was generated after it. Grows and shrinks at its end, in constant time a token.
+
+    What is evicted from its middle goes on counting for the penalties: it was written all the same.
+    """
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self.tokens = list(prompt)
         """The whole sequence; change it through the methods only."""
-        self.prompt_length = len(self.tokens)
+        self.num_evicted = 0
+        self._floor = len(self.tokens)
         self._context = _Tally(self.tokens)
         self._generated = _Tally(())
 
@@ -51,12 +56,21 @@ class History:
             self.append(token)
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens, at least the prompt."""
-        assert self.prompt_length <= length <= len(self.tokens), (self.prompt_length, length, len(self.tokens))
+        """Keep the first `length` tokens, at least the prompt and what there was at the latest eviction."""
+        assert self._floor <= length <= len(self.tokens), (self._floor, length, len(self.tokens))
         while len(self.tokens) > length:
             token = self.tokens.pop()
             self._context.pop(token)
             self._generated.pop(token)
+
+    def evict(self, start: int, end: int) -> Hole:
+        """Drop the tokens [start, end), all but the last token having been read."""
+        assert 0 <= start < end < len(self.tokens), (start, end, len(self.tokens))
+        evicted = tuple(self.tokens[start:end])
+        del self.tokens[start:end]
+        self.num_evicted += len(evicted)
+        self._floor = len(self.tokens)
+        return Hole(start, evicted, len(self.tokens) - 1)
 
     def follow(self, context: Sequence[int]) -> None:
         """Become `context`, which begins with the same prompt."""

@@ -16,12 +16,16 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_spec.backends.top_k import largest, require_numbers
 from edge_spec.decoding.history import History
-from edge_spec.errors import BackendError
 from edge_spec.types import Logits, SamplingParams, SparseProbs
 
-Edit: TypeAlias = Callable[[Logits, History], Logits]
-"""Returns changed logits, shape [n_vocab]; must not write into its argument, which is the model's own buffer."""
+Ids: TypeAlias = NDArray[np.int64]
+"""Distinct tokens, int64 [k]."""
+
+Edit: TypeAlias = Callable[[Logits, History, Ids | None], Logits]
+"""Returns changed logits of the tokens `ids`, None: of the whole vocabulary; must not write into its argument, which
+is the model's own buffer."""
 
 _COLDEST = 1e-5  # below this a float32 logit cannot tell its neighbours apart, and the division overflows
 
@@ -57,22 +61,32 @@ class Sampler:
         """Whether the most likely token is taken and no randomness used."""
         return self.temperature == 0
 
-    def choose(self, logits: Logits, history: History) -> int:
-        """The most likely token after the edits. Raises BackendError where the logits are not numbers."""
-        return _argmax(self._edit(logits, history))
+    def choose(self, logits: Logits, history: History, ids: Ids | None = None) -> int:
+        """The most likely token after the edits. Raises BackendError where the logits are not numbers.
 
-    def probs(self, logits: Logits, history: History) -> SparseProbs:
-        """The distribution (ids increasing) after all steps. Raises BackendError where the logits are not numbers."""
-        logits = self._edit(logits, history)
+        `logits` are of the tokens `ids`, None: of the whole vocabulary.
+        """
+        best = _argmax(self._edit(logits, history, ids))
+        return best if ids is None else int(ids[best])
+
+    def probs(self, logits: Logits, history: History, ids: Ids | None = None) -> SparseProbs:
+        """The distribution (ids increasing) after all steps. Raises BackendError where the logits are not numbers.
+
+        `logits` are of the tokens `ids`, and no other has a chance; None: of the whole vocabulary.
+        """
+        if ids is not None:
+            order = np.argsort(ids)
+            ids, logits = ids[order], logits[order]
+        logits = self._edit(logits, history, ids)
         best = _argmax(logits)
-        candidates = Candidates(None, (logits - logits[best]) / np.float32(max(self.temperature, _COLDEST)))
+        candidates = Candidates(ids, (logits - logits[best]) / np.float32(max(self.temperature, _COLDEST)))
         for keep in self.filters:
             candidates = keep(candidates)
         return _softmax(candidates)
 
-    def _edit(self, logits: Logits, history: History) -> Logits:
+    def _edit(self, logits: Logits, history: History, ids: Ids | None) -> Logits:
         for edit in self.edits:
-            logits = edit(logits, history)
+            logits = edit(logits, history, ids)
         return logits
 
 
@@ -106,12 +120,11 @@ class RepetitionPenalty:
 
     penalty: float
 
-    def __call__(self, logits: Logits, history: History) -> Logits:
+    def __call__(self, logits: Logits, history: History, ids: Ids | None = None) -> Logits:
         """Changed logits."""
-        logits, ids = logits.copy(), history.context_ids
-        ids = ids[ids < len(logits)]  # a draft's vocabulary may lack the target's padded tail
-        seen = logits[ids]
-        logits[ids] = np.where(seen > 0, seen / np.float32(self.penalty), seen * np.float32(self.penalty))
+        logits, (places, _) = logits.copy(), _find(history.context_ids, logits, ids)
+        seen = logits[places]
+        logits[places] = np.where(seen > 0, seen / np.float32(self.penalty), seen * np.float32(self.penalty))
         return logits
 
 
@@ -122,12 +135,11 @@ class OccurrencePenalty:
     presence: float
     frequency: float
 
-    def __call__(self, logits: Logits, history: History) -> Logits:
+    def __call__(self, logits: Logits, history: History, ids: Ids | None = None) -> Logits:
         """Changed logits."""
-        logits, ids = logits.copy(), history.generated_ids
-        known = ids < len(logits)
+        logits, (places, known) = logits.copy(), _find(history.generated_ids, logits, ids)
         occurrences = history.generated_counts[known]
-        logits[ids[known]] -= np.float32(self.presence) + np.float32(self.frequency) * occurrences
+        logits[places] -= np.float32(self.presence) + np.float32(self.frequency) * occurrences
         return logits
 
 
@@ -141,7 +153,7 @@ class TopK:
         """The k most likely candidates; of equal ones at the edge, any."""
         if self.k >= len(candidates.scores):
             return candidates
-        return candidates.take(_largest(candidates.scores, self.k))
+        return candidates.take(largest(candidates.scores, self.k))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +168,7 @@ class TopP:
         weights = np.exp(scores)
         wanted = self.p * weights.sum(dtype=np.float64)
         for k in (64, 1024, 16384, len(scores)):  # almost always the first few dozen hold the mass
-            top = _largest(scores, min(k, len(scores)))
+            top = largest(scores, min(k, len(scores)))
             top = top[np.argsort(-scores[top], kind="stable")]
             mass = np.cumsum(weights[top], dtype=np.float64)
             if mass[-1] >= wanted:
@@ -177,33 +189,20 @@ class MinP:
         return candidates.take(np.flatnonzero(candidates.scores >= np.float32(np.log(self.min_p))))
 
 
+def _find(tokens: Ids, logits: Logits, ids: Ids | None) -> tuple[Ids, Ids]:
+    """Where `tokens` have a logit: places in `logits`, and those of `tokens` that have one."""
+    if ids is None:
+        known = np.flatnonzero(tokens < len(logits))  # a draft's vocabulary may lack the target's padded tail
+        return tokens[known], known
+    _, places, known = np.intersect1d(ids, tokens, assume_unique=True, return_indices=True)
+    return places, known
+
+
 def _argmax(logits: Logits) -> int:
     best = int(logits.argmax())
     # argmax stops at a NaN, so looking at the winner finds any NaN, any +inf, and a row of nothing but -inf.
-    if not np.isfinite(logits[best]):
-        raise BackendError(
-            "the model returned logits that are not numbers; its file or its export may be damaged: "
-            "remove and pull it again, or try another backend"
-        )
+    require_numbers(logits[best])
     return best
-
-
-def _largest(scores: Logits, k: int) -> NDArray[np.int64]:
-    """Positions, increasing, of the k largest scores.
-
-    Partitioning 150,000 entries takes a millisecond. The k-th largest of the maxima of many groups is a lower bound of
-    the k-th largest entry, and few entries reach it: an exact short cut.
-    """
-    group = 64
-    num_groups = len(scores) // group
-    if num_groups <= k:
-        return np.sort(np.argpartition(scores, len(scores) - k)[len(scores) - k :])
-    maxima = scores[: num_groups * group].reshape(group, num_groups).max(axis=0)
-    positions = np.flatnonzero(scores >= np.partition(maxima, num_groups - k)[num_groups - k])
-    excess = len(positions) - k
-    if excess == 0:
-        return positions
-    return positions[np.sort(np.argpartition(scores[positions], excess)[excess:])]
 
 
 def _softmax(candidates: Candidates) -> SparseProbs:

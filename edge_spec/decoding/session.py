@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from edge_spec.backends.base import CausalLM, PaddedRows
 from edge_spec.decoding.prefix import common_prefix
 from edge_spec.errors import ContextLengthError, GenerationCancelled, RollbackUnsupportedError
-from edge_spec.types import Context, Decoded, ModelSpec, Progress
+from edge_spec.types import Context, Decoded, Hole, ModelSpec, Output, Progress
 
 PREFILL_CHUNK = 128
 """Tokens read at a time: enough for full speed, few enough that cancelling is felt at once."""
@@ -18,13 +19,18 @@ class Session:
     """A model and the tokens that its cache holds.
 
     Callers name whole sequences and never touch the cache: rejected drafts, the missing token after a draft that was
-    accepted in full, reuse between turns and abandoned generations are all the same case here.
+    accepted in full, reuse between turns and abandoned generations are all the same case here. So is a context that
+    has lost tokens: a cache with holes serves a context with the very same holes. Where they differ, what came before
+    the hole serves, and the rest is read as it was read at first: up to where the tokens went, then on without them.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, *, exact: bool = True) -> None:
+        """`exact=False`, for a draft: holes are not told apart, and what was evicted is never read for their sake."""
         self._model = model
+        self._exact = exact
         # None: unknown, because a call into the backend did not come back. The next use then starts from nothing.
         self._cached: list[int] | None = None
+        self._holes: list[Hole] = []
         self.num_refused_rollbacks = 0
         """Times that the backend could not shorten its cache, so that a whole context had to be read again."""
 
@@ -34,12 +40,21 @@ class Session:
         return self._model.spec
 
     def decode(
-        self, context: Context, *, rows: int = 1, on_progress: Progress | None = None, chunk: int = PREFILL_CHUNK
+        self,
+        context: Context,
+        *,
+        rows: int = 1,
+        want: Output = Output.LOGITS,
+        holes: Sequence[Hole] = (),
+        on_progress: Progress | None = None,
+        chunk: int = PREFILL_CHUNK,
     ) -> Decoded:
-        """Bring the cache to `context` and return the logits of its last `rows` positions, shape [rows, n_vocab].
+        """Bring the cache to `context` and return what is wanted of its last `rows` positions: see `CausalLM.decode`.
 
         Reads only what the cache does not hold, `chunk` tokens at a time, calling `on_progress(read, to_read)` after
-        each; at least the last `rows` tokens are read again. `1 <= rows <= min(len(context), spec.max_rows)`.
+        each; at least the last `rows` tokens are read again. `1 <= rows <= min(len(context), spec.max_rows)`. `holes`,
+        oldest first, are what the context has lost; where the backend cannot evict, or the window is too small to read
+        what was lost once more, they are taken for never read.
 
         Raises ContextLengthError before anything is read if the context is longer than n_ctx; GenerationCancelled if
         `on_progress` returns False (what was read stays); BackendError from the backend (the session then starts
@@ -50,21 +65,38 @@ class Session:
         if len(sequence) > self.spec.n_ctx:
             raise ContextLengthError(len(sequence), self.spec.n_ctx)
 
-        position = start = self._keep_prefix_of(sequence, len(sequence) - rows)
-        chunk = max(chunk, rows)
-        while len(sequence) - position > chunk:
-            # What is left over for the last read must hold all the rows.
-            stop = min(position + chunk, len(sequence) - rows)
-            self._append(sequence[position:stop], 0)
-            position = stop
-            _report(on_progress, position - start, len(sequence) - start)
-        decoded = self._append(sequence[position:], rows)
-        _report(on_progress, len(sequence) - start, len(sequence) - start)
+        holes, limit = self._usable(sequence, holes), len(sequence) - rows
+        assert not (holes and self._exact) or holes[-1].read <= limit, (holes[-1].read, limit)
+        pending = self._num_known(holes) < len(holes)
+        reading = _Reading(on_progress, self.count_unread(sequence, holes) if pending else 0, chunk)
+        self._follow(sequence, holes, limit, reading)
+        start = self._keep_prefix_of(sequence, limit)
+        reading.correct(len(sequence) - start)
+        start = self._read(sequence, start, len(sequence), reading, rows=rows)
+        decoded = self._append(sequence[start:], rows, want)
+        reading.report(len(sequence) - start)
         return decoded
 
-    def count_unread(self, context: Context) -> int:
-        """Tokens of `context` that a decode of it would have to read."""
-        return len(context) - common_prefix(self._cached or [], list(context))
+    def count_unread(self, context: Context, holes: Sequence[Hole] = ()) -> int:
+        """Tokens that a decode of `context` would have to read."""
+        cached, sequence = self._cached or [], list(context)
+        holes = self._usable(sequence, holes)
+        known = self._num_known(holes)
+        if known == len(holes) or not self._exact:
+            return len(sequence) - common_prefix(cached, sequence)
+        stages = unfold(sequence, holes)
+        unread = len(stages[known]) - common_prefix(cached, stages[known])
+        return unread + sum(len(stages[i + 1]) - holes[i].read for i in range(known, len(holes)))
+
+    def trim(self, context: Context, holes: Sequence[Hole] = ()) -> int:
+        """Drop from the cache what does not serve `context`; returns the number of tokens that are left.
+
+        Reads nothing. For a cache that is about to be made smaller.
+        """
+        sequence = list(context)
+        if self._num_known(holes) < len(self._holes):
+            self._undo(self._num_known(holes))
+        return self._keep_prefix_of(sequence, len(sequence))
 
     def reach(self, tokens: Context) -> None:
         """Where the model's head is trimmed: give logits to these tokens too."""
@@ -98,6 +130,80 @@ class Session:
         """Close the model."""
         self._model.close()
 
+    def _usable(self, sequence: list[int], holes: Sequence[Hole]) -> tuple[Hole, ...]:
+        """The holes, or none where they cannot be made."""
+        if not holes or not self.spec.can_evict:
+            return ()
+        if self._exact and self._num_known(holes) < len(holes):
+            unread = unfold(sequence, holes)[self._num_known(holes) :]
+            if max(map(len, unread)) > self.spec.n_ctx:
+                return ()
+        return tuple(holes)
+
+    def _num_known(self, holes: Sequence[Hole]) -> int:
+        """How many of `holes`, from the oldest on, the cache has."""
+        if self._cached is None:
+            return 0
+        known = 0
+        for have, wanted in zip(self._holes, holes, strict=False):
+            if have != wanted:
+                break
+            known += 1
+        return known
+
+    def _follow(self, sequence: list[int], holes: tuple[Hole, ...], limit: int, reading: _Reading) -> None:
+        """Give the cache these holes, undoing others; `sequence[:limit]` is what may be left of it then."""
+        known = self._num_known(holes)
+        self._undo(known)
+        if known == len(holes) and (not holes or self._num_shared(sequence, limit) >= holes[-1].read):
+            return
+        stages = unfold(sequence, holes)
+        # What was read before a hole was made cannot be changed behind it: such a hole is made again.
+        while self._exact and known and self._num_shared(stages[known]) < holes[known - 1].read:
+            known -= 1
+            self._undo(known)
+        for hole, stage in zip(holes[known:], stages[known:], strict=False):
+            if not self._exact and self._num_shared(stage) < hole.end:
+                self._holes.append(hole)
+                continue
+            before = len(self._holes)
+            start = self._keep_prefix_of(stage, len(stage))
+            assert len(self._holes) == before, "a backend that evicts can shorten its cache"
+            start = self._read(stage, start, len(stage), reading)
+            if start < len(stage):
+                self._append(stage[start:], 0)
+                reading.report(len(stage) - start)
+            self._evict(hole)
+
+    def _num_shared(self, sequence: list[int], limit: int = sys.maxsize) -> int:
+        return min(limit, common_prefix(self._cached or [], sequence))
+
+    def _undo(self, known: int) -> None:
+        """Keep the oldest `known` holes only, and what of the cache did not see the others' tokens."""
+        length = len(self._cached or [])
+        while len(self._holes) > known:
+            length = min(length, self._holes.pop().start)
+        if self._exact and self._cached is not None and length < len(self._cached):
+            self._keep_prefix_of(self._cached[:length], length)
+
+    def _evict(self, hole: Hole) -> None:
+        cached, self._cached = self._cached, None
+        assert cached is not None
+        self._model.evict(hole.start, hole.end)
+        del cached[hole.start : hole.end]
+        self._holes.append(hole)
+        self._cached = cached
+
+    def _read(self, sequence: list[int], start: int, end: int, reading: _Reading, rows: int = 0) -> int:
+        """Read whole chunks of `sequence[start:end]`; returns where the last one starts, which holds all the rows."""
+        chunk = max(reading.chunk, rows)
+        while end - start > chunk:
+            stop = min(start + chunk, end - rows)
+            self._append(sequence[start:stop], 0)
+            reading.report(stop - start)
+            start = stop
+        return start
+
     def _keep_prefix_of(self, sequence: list[int], limit: int) -> int:
         """Shorten the cache to what it shares with `sequence[:limit]`; returns the length that is left."""
         cached = self._cached
@@ -111,19 +217,46 @@ class Session:
             self.num_refused_rollbacks += 1
             length = 0
             self._model.rollback(0)
+        if length == 0 and self._exact:
+            self._holes = []
         self._cached = [] if cached is None else cached[:length]
         return length
 
-    def _append(self, tokens: list[int], rows: int) -> Decoded:
+    def _append(self, tokens: list[int], rows: int, want: Output = Output.LOGITS) -> Decoded:
         # The cache counts as unknown while the backend works, so that whatever interrupts it leaves no false belief.
         cached, self._cached = self._cached, None
         assert cached is not None
-        decoded = self._model.decode(tokens, rows=rows)
+        decoded = self._model.decode(tokens, rows=rows, want=want)
         cached += tokens
         self._cached = cached
         return decoded
 
 
-def _report(on_progress: Progress | None, done: int, total: int) -> None:
-    if on_progress is not None and on_progress(done, total) is False:
-        raise GenerationCancelled(f"cancelled after {done} of {total} tokens were read")
+class _Reading:
+    """How far one decode has come."""
+
+    def __init__(self, on_progress: Progress | None, total: int, chunk: int) -> None:
+        self.chunk = chunk
+        self._on_progress = on_progress
+        self._done = 0
+        self._total = total
+
+    def correct(self, left: int) -> None:
+        """What is left to read turned out to be this much."""
+        self._total = self._done + left
+
+    def report(self, count: int) -> None:
+        """`count` more tokens were read. Raises GenerationCancelled if that was enough."""
+        self._done += count
+        self._total = max(self._total, self._done)
+        if self._on_progress is not None and self._on_progress(self._done, self._total) is False:
+            raise GenerationCancelled(f"cancelled after {self._done} of {self._total} tokens were read")
+
+
+def unfold(sequence: list[int], holes: Sequence[Hole]) -> list[list[int]]:
+    """What had been read when each hole was made, oldest first and without the older ones' tokens; then `sequence`."""
+    stages = [sequence]
+    for hole in reversed(holes):
+        left = stages[0]
+        stages.insert(0, [*left[: hole.start], *hole.tokens, *left[hole.start : hole.read]])
+    return stages

@@ -45,6 +45,20 @@ class Costs:
         """Each further token that the draft model has to read before it can draft."""
         return _ROW_SHARE * self.draft_s if self._read_s is None else self._read_s
 
+    def best_fixed(self, chance: float, max_draft: int, reading_s: float = 0.0) -> tuple[float, int]:
+        """Tokens a second of the best fixed length of the model's drafts, and that length, from 0 to `max_draft`.
+
+        `chance`: that a drafted token is accepted, given that all before it were. `reading_s`: what is paid for reading
+        before each draft. The expected tokens of a step are those of Leviathan et al. (arXiv 2211.17192, 3.1).
+        """
+        rate, best, tokens = 1 / self.target_s(1), 0, 1.0
+        for n in range(1, max_draft + 1):
+            tokens += chance**n
+            drafted = tokens / (self.target_s(n + 1) + n * self.draft_s + reading_s)
+            if drafted > rate:
+                rate, best = drafted, n
+        return rate, best
+
     def observe_target(self, rows: int, seconds: float) -> None:
         """A pass of `rows` rows took so long."""
         width, seconds = self._width(rows), max(seconds, _LEAST_S)

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from edge_spec.decoding.drafter import Drafter, Request
 from edge_spec.decoding.prefix import common_prefix
-from edge_spec.types import Context, Draft
+from edge_spec.types import Context, Draft, Hole
 
 _MAX_CANDIDATES = 16
 """Earlier places that one step looks at, latest first: bounds the cost where one pair of tokens is everywhere."""
@@ -61,8 +61,13 @@ class LookupDrafter(Drafter):
                 break
         return Draft(draft, source=self.name, confidence=[float(length + i) for i in range(len(draft))])
 
+    def evict(self, context: Context, hole: Hole) -> None:  # noqa: ARG002 - the protocol's signature
+        """What goes can be copied from as before."""
+        self._archive += hole.tokens
+
     def close(self) -> None:
         """Forget the index."""
+        self._archive = []
         self._tokens, self._pairs, self._singles = [], _Places(), _Places()
 
     def _follow(self, context: list[int]) -> None:

@@ -8,15 +8,13 @@ from time import perf_counter
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_spec.decoding.drafter import Drafter, Request
 from edge_spec.decoding.history import History
 from edge_spec.decoding.sampling import Sampler, draw, make_sampler
 from edge_spec.decoding.session import Session
-from edge_spec.types import Context, Draft, Logits, SparseProbs
-
-_MAX_SUPPORT = 64
-"""Drafts are sampled from at most this many tokens: the tail is slow to handle and seldom accepted."""
+from edge_spec.types import TOP_K, Context, Draft, Hole, Logits, Output, SparseProbs
 
 
 class Pace(Protocol):
@@ -39,7 +37,7 @@ class ModelDrafter(Drafter):
     """Drafts with a model that shares the target's vocabulary, through a `Session` of its own.
 
     Greedy at temperature 0. Else each token is sampled after the same penalties, temperature and filters as the
-    target's, from the 64 most likely tokens at most; that very distribution is the draft's q.
+    target's, from the `TOP_K` tokens that are most likely before them; that very distribution is the draft's q.
 
     A draft has `draft_tokens` tokens, or as many as `pace` says where that is set, after `start`. Owns the session and
     closes its model.
@@ -56,6 +54,7 @@ class ModelDrafter(Drafter):
         self._request: Request | None = None
         self._sampler: Sampler | None = None
         self._history: History | None = None
+        self._holes: tuple[Hole, ...] = ()
         self._num_reached = 0
         self._lost = False
 
@@ -71,22 +70,30 @@ class ModelDrafter(Drafter):
             # The draft's passes are not padded, so its last bits depend on how it read the prompt: it reads it anew.
             self._session.forget()
         sampling = request.sampling
-        top_k = min(sampling.top_k or _MAX_SUPPORT, _MAX_SUPPORT)
-        self._sampler = make_sampler(replace(sampling, top_k=top_k))
+        self._sampler = make_sampler(sampling if sampling.top_k < TOP_K else replace(sampling, top_k=0))
         self._request = request
         self._history = None
+        self._holes = request.holes
         self._num_reached = 0
         self._lost = False
+
+    def count_unread(self, context: Context) -> int:
+        """Tokens that the model would have to read before it could draft."""
+        return self._session.count_unread(context, self._holes)
+
+    def evict(self, context: Context, hole: Hole) -> None:
+        """The model's cache loses the same, if it has read it."""
+        history = self._follow(context)
+        history.evict(hole.start, hole.end)
+        self._holes = (*self._holes, hole)
+        self._num_reached = max(0, self._num_reached - len(hole.tokens))
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         """Draft one token a pass. No tokens where the context has outgrown the draft model's window."""
         request, sampler, session = self._request, self._sampler, self._session
         assert request is not None, "start() comes first"
         assert sampler is not None
-        if self._history is None:
-            self._history = History(context[: request.prompt_length])
-        history = self._history
-        history.follow(context)
+        history = self._follow(context)
         new = context[self._num_reached :]
         self._num_reached = len(context)
         if max(new, default=0) >= session.spec.n_vocab:
@@ -105,11 +112,14 @@ class ModelDrafter(Drafter):
         while len(tokens) < room:
             if self.pace is not None and not self.pace.worth_drafting(confidence):
                 break
-            logits = self._decode(history, request)
-            probs = None if sampler.greedy else sampler.probs(logits, history)
-            token = sampler.choose(logits, history) if probs is None else -1
+            ids, logits, log_sum = self._decode(history, request)
+            if not len(ids):
+                break
+            probs = None if sampler.greedy else sampler.probs(logits, history, ids)
+            token = sampler.choose(logits, history, ids) if probs is None else -1
             if self.pace is not None:
-                confidence.append(_probability(logits, token) if probs is None else float(probs.probs.max()))
+                likely = np.exp(logits[ids == token] - log_sum) if probs is None else probs.probs
+                confidence.append(float(likely.max()))
                 if not self.pace.worth_verifying(confidence):
                     break
             if probs is not None:
@@ -122,19 +132,29 @@ class ModelDrafter(Drafter):
         spent_s = sum(seconds for _, seconds in self.passes)
         return Draft(tokens, None if sampler.greedy else q, self.name, confidence[: len(tokens)], spent_s)
 
-    def _decode(self, history: History, request: Request) -> Logits:
-        """Logits after `history`, [n_vocab of the target at most]."""
-        started, unread = perf_counter(), self._session.count_unread(history.tokens)
-        decoded = self._session.decode(history.tokens, on_progress=lambda _done, _total: not request.cancelled())
+    def _follow(self, context: Context) -> History:
+        """The history, made that of `context`."""
+        assert self._request is not None, "start() comes first"
+        if self._history is None:
+            self._history = History(context[: self._request.prompt_length])
+        self._history.follow(context)
+        return self._history
+
+    def _decode(self, history: History, request: Request) -> tuple[NDArray[np.int64], Logits, np.float32]:
+        """The likeliest tokens after `history` that the target knows: ids, logits, log of the sum over all."""
+        started, unread = perf_counter(), self.count_unread(history.tokens)
+        decoded = self._session.decode(
+            history.tokens,
+            want=Output.TOP_K,
+            holes=self._holes,
+            on_progress=lambda _done, _total: not request.cancelled(),
+        )
         self.passes.append((unread, perf_counter() - started))
-        return decoded.logits[0, : request.n_vocab]
+        top = decoded.top
+        assert top is not None, "it was wanted"
+        known = top.ids[0] < request.n_vocab  # this model's padding may be longer
+        return top.ids[0, known], top.logits[0, known], top.log_sum[0]
 
     def close(self) -> None:
         """Close the draft model."""
         self._session.close()
-
-
-def _probability(logits: Logits, token: int) -> float:
-    """Softmax at one entry, in float32."""
-    best = logits.max()
-    return float(np.exp(logits[token] - best) / np.exp(logits - best).sum())

@@ -19,7 +19,7 @@ from edge_spec.drafting.costs import Costs
 from edge_spec.drafting.history import HistoryDrafter
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
-from edge_spec.types import Context, Draft, Verdict
+from edge_spec.types import Context, Draft, Hole, Verdict
 
 LOOKUP_SCALE: Scale = ((1, 0.2), (2, 0.45), (3, 0.6), (4, 0.7), (6, 0.78), (9, 0.85), (14, 0.9), (24, 0.95))
 """A lookup's confidence is the length of the match behind a token."""
@@ -30,6 +30,11 @@ MODEL_SCALE: Scale = ((0.0, 0.26), (0.3, 0.47), (0.5, 0.68), (0.7, 0.83), (0.85,
 
 _PROFITING_TOKENS, _TOKENS_PER_STEP = 256, 3
 """What the model reads now is taken to serve the next so many tokens, in steps of so many."""
+
+
+_WRITTEN, _UNCOPIED = 16, 12
+"""What a generation starts from: of so many tokens, so many are not copied. Only those profit from what the model has
+read."""
 
 
 class Book:
@@ -49,12 +54,8 @@ class Book:
 
         `reading_s`: what has to be paid for reading before each draft.
         """
-        costs, mean, tokens = self.costs, self.model.mean, 1.0
-        self.rate = plain = 1 / costs.target_s(1)
-        for n in range(1, max_draft + 1):
-            tokens += mean**n
-            self.rate = max(self.rate, tokens / (costs.target_s(n + 1) + n * costs.draft_s + reading_s))
-        return self.rate > plain
+        self.rate, length = self.costs.best_fixed(self.model.mean, max_draft, reading_s)
+        return length > 0
 
     def worth(self, chances: Sequence[float], extra_s: float = 0.0) -> float:
         """What a step with a draft of such chances (each given the ones before) is worth, in tokens."""
@@ -93,7 +94,8 @@ class Planner(Drafter):
         self._room = max_draft
         self._guesses: list[Draft] = []
         self._guessed_at = 0
-        self._max_length = 0
+        self._prompt_length = self._max_length = 0
+        self._written, self._uncopied = _WRITTEN, _UNCOPIED
 
     @property
     def costs(self) -> Costs:
@@ -105,7 +107,9 @@ class Planner(Drafter):
         self._is_fixed = request.is_repeatable
         self._book = Book(self._fixed) if self._is_fixed else self._learning
         self._book.model.relax()
-        self._guesses, self._max_length = [], request.max_length
+        self._guesses = []
+        self._written, self._uncopied = _WRITTEN, _UNCOPIED
+        self._prompt_length, self._max_length = request.prompt_length, request.max_length
         for copier in self._copiers:
             copier.start(request)
         if self._model is not None:
@@ -121,8 +125,9 @@ class Planner(Drafter):
         self._room = min(max_tokens, self._max_draft)
         model_pays = book.set_rate(self._room if self._model else 0, self._reading_s(context))
         worth, copied = max(map(self._best_beginning, self._guesses), key=lambda valued: valued[0])
-        # By the meaning of the rate, a step that the model drafts is worth about 0.
-        if self._model is None or not model_pays or worth > 0:
+        # The first token waits for no draft model to read the prompt. Later, by the meaning of the rate, a step that
+        # the model drafts is worth about 0.
+        if self._model is None or len(context) == self._prompt_length or not model_pays or worth > 0:
             return copied
         draft = self._model.propose(context, self._room)
         if not self._is_fixed:
@@ -133,11 +138,22 @@ class Planner(Drafter):
     def observe(self, context: Context, draft: Draft, verdict: Verdict, target_s: float | None) -> None:  # noqa: ARG002
         """Learn what became of the draft and what the pass cost."""
         book = self._book
+        written = verdict.num_accepted + 1
+        self._written += written
+        self._uncopied += 0 if draft.source in book.copies else written
         if draft.source == ModelDrafter.name:
             book.model.observe_draft(draft.confidence, verdict.num_accepted)
         if target_s is None or self._is_fixed:
             return
         book.costs.observe_target(len(draft.tokens) + 1, target_s)
+
+    def evict(self, context: Context, hole: Hole) -> None:
+        """Tell the drafters; a guess for what is gone proves nothing."""
+        self._guesses = []
+        for copier in self._copiers:
+            copier.evict(context, hole)
+        if self._model is not None:
+            self._model.evict(context, hole)
 
     def close(self) -> None:
         """Close the drafters."""
@@ -174,9 +190,10 @@ class Planner(Drafter):
         """What the model has to read before it can draft, spread over the steps that will profit from it."""
         if self._model is None:
             return 0.0
-        unread = max(0, self._model.session.count_unread(context) - 2)
+        unread = max(0, self._model.count_unread(context) - 2)
         tokens_left = min(self._max_length - len(context), _PROFITING_TOKENS)
-        return unread * self._book.costs.read_s / max(1.0, tokens_left / _TOKENS_PER_STEP)
+        profiting = tokens_left * self._uncopied / self._written
+        return unread * self._book.costs.read_s / max(1.0, profiting / _TOKENS_PER_STEP)
 
     def _best_beginning(self, draft: Draft) -> tuple[float, Draft]:
         """What as much of a copied draft as is worth its rows is worth, by this book, and that much of it."""

@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from edge_spec.errors import ModelFormatError, StorageError, UsageError
 from edge_spec.export.architecture import DecoderConfig, bias_shapes, tensor_shapes
 from edge_spec.export.calibration import calibration_texts
 from edge_spec.export.filling import ByteProgress, Filler
+from edge_spec.export.folder import DESCRIPTION, REMEDY, check_files, describe, is_export, new_folder, read_description
 from edge_spec.export.graph import Weights, build_graph
 from edge_spec.export.layout import Layout, plan_layout
 from edge_spec.export.reading import read_config
@@ -38,10 +37,8 @@ from edge_spec.store.pull import exclusive
 EXPORTER_VERSION = 4
 """Raised whenever the same source and recipe would give other files, so that no old export is reused."""
 
-DESCRIPTION, MODEL, WEIGHTS, SOURCE = "edge_spec.json", "model.onnx", "weights.bin", "source.gguf"
+MODEL, WEIGHTS, SOURCE = "model.onnx", "weights.bin", "source.gguf"
 HEAD_IDS = "head_ids.npy"
-
-_REMEDY = "make room, or choose a folder (EDGE_SPEC_HOME) on a disk that has it and can be written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +84,11 @@ class Export:
         return np.asarray(ids, np.int64)
 
 
-def is_export(path: Path) -> bool:
-    """Whether `path` is a folder that an exporter finished; what cannot be looked into is none."""
-    try:
-        return (path / DESCRIPTION).is_file()
-    except OSError:
-        return False
-
-
 def open_export(path: Path) -> Export:
     """Read an export's description and check that its files are whole; ModelFormatError says what is wrong."""
+    described = read_description(path)
     try:
-        described = json.loads((path / DESCRIPTION).read_text("utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ModelFormatError(f"{path} is not an export: {DESCRIPTION} cannot be read ({exc})") from exc
-    try:
-        version, files = described["exporter_version"], described["files"]
-        if version != EXPORTER_VERSION:
-            raise ModelFormatError(
-                f"{path} was made by exporter version {version}, this is version {EXPORTER_VERSION}: export it again"
-            )
-        for name, n_bytes in files.items():
-            if not (path / name).is_file() or (path / name).stat().st_size != n_bytes:
-                raise ModelFormatError(f"{path / name} is missing or has not its {n_bytes} bytes: export it again")
+        check_files(path, described, EXPORTER_VERSION)
         return Export(
             path=path,
             config=DecoderConfig.from_json(described["decoder"]),
@@ -157,7 +136,7 @@ def ensure_export(
                     shutil.rmtree(older, ignore_errors=True)
             return made
     except OSError as exc:
-        raise StorageError(f"the export could not be written below {exports_dir}: {exc}; {_REMEDY}") from exc
+        raise StorageError(f"the export could not be written below {exports_dir}: {exc}; {REMEDY}") from exc
 
 
 def _whole_export(path: Path) -> Export | None:
@@ -197,7 +176,7 @@ def export_model(
         layout = plan_layout(gguf, config, recipe, kept)
         tables = ["token_embd.weight"] if kept is None or config.tied else ["token_embd.weight", config.head_tensor]
         table_bytes = sum(gguf.tensors[name].n_bytes for name in tables)
-        with _new_folder(path, layout.n_bytes + table_bytes + (64 << 20)) as folder:
+        with new_folder(path, layout.n_bytes + table_bytes + (64 << 20)) as folder:
             vectors = _vectors(gguf, config)
             texts = calibration_texts(gguf, config.n_ctx_train, config.n_vocab) if recipe.corrected else []
             with (folder / WEIGHTS).open("wb") as file:
@@ -245,36 +224,5 @@ def _describe(
         "weight_bytes": layout.weight_bytes,
         "requantized": sorted(requantized),
         "n_calibration_tokens": n_calibration_tokens,
-        "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
-    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-
-
-@contextmanager
-def _new_folder(path: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder beside `path` that takes its name once the body is done, and is removed if it fails."""
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        _check_room(partial, needed_bytes)
-        yield partial
-        for file in partial.iterdir():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        partial.rename(path)
-    except OSError as exc:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(f"the export could not be written to {path}: {exc}; {_REMEDY}") from exc
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _check_room(folder: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise StorageError(
-            f"the export needs {needed_bytes >> 20} MiB on the disk of {folder.parent}, "
-            f"{free >> 20} are free; {_REMEDY}"
-        )
+    describe(folder, described)

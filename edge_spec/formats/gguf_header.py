@@ -179,8 +179,21 @@ class _Reader:
         self.position = position
 
 
-def read_header(data: mmap) -> Header:
-    """Read and check everything before the tensor data. HeaderError says what is wrong."""
+def read_header_of(start: bytes, n_bytes: int) -> None:
+    """Check that `start`, the first bytes of a file of `n_bytes`, has its whole header. HeaderError says what is wrong.
+
+    Only for telling whether more has to be fetched: the header is read again where the file is put together.
+    """
+    with mmap(-1, max(1, len(start))) as data:
+        data.write(start)
+        read_header(data, n_bytes)
+
+
+def read_header(data: mmap, n_bytes: int | None = None) -> Header:
+    """Read and check everything before the tensor data. HeaderError says what is wrong.
+
+    `n_bytes`: the file's length, where `data` is only its start.
+    """
     reader = _Reader(data)
     if data[:4] != MAGIC:
         raise HeaderError("it is not a GGUF file (it does not start with the letters GGUF)")
@@ -204,7 +217,7 @@ def read_header(data: mmap) -> Header:
         name: TensorInfo(name, t.shape, t.type, data_start + t.offset, t.n_bytes, t.n_elements)
         for name, t in drafts.items()
     }
-    _check_places(tensors.values(), data_start, alignment, len(data))
+    _check_places(tensors.values(), data_start, alignment, len(data) if n_bytes is None else n_bytes)
     return Header(version, alignment, metadata, span, tensors)
 
 

@@ -29,19 +29,23 @@ def rope_bytes(facts: ModelFacts, n_ctx: int) -> int:
     return tables * cells(n_ctx, "onnx") * (facts.config.rope_dim // 2) * 4
 
 
-def onnx_activations(facts: ModelFacts, n_ctx: int, batch: int) -> int:
-    """Activations of a pass of `batch` tokens in ONNX Runtime's arena.
+def onnx_activations(facts: ModelFacts, batch: int) -> int:
+    """Activations of a pass of `batch` tokens in ONNX Runtime's arena, as far as they are touched.
 
-    The widest moment is the gated network (gate, its sigmoid, up, their product) or attention: queries, keys and
-    values, and the scores of every head over the whole cache.
+    The gated network is the widest moment: gate, its sigmoid, up and their product. The arena comes to about twice
+    that, since the first pass of a width allocates tensor by tensor, and the next ones in one block. Attention adds
+    nothing that grows with the context: its scores are computed in tiles.
     """
-    n = round_up(batch, MAX_ALIGNMENT)
-    streams = 4 * facts.hidden
-    network = 4 * facts.n_ff + streams
-    config = facts.config
-    qkv = config.qkv_rows if config else 3 * facts.hidden
-    attention = facts.n_head * cells(n_ctx, "onnx") + 2 * qkv + streams
-    return n * 4 * (network + attention)
+    return round(_ONNX_WIDTHS * facts.n_ff + 2 * facts.hidden) * round_up(batch, MAX_ALIGNMENT) * 4
+
+
+def openvino_activations(facts: ModelFacts, batch: int) -> int:
+    """Activations of a pass of `batch` tokens in OpenVINO's CPU plugin; measured as widths of the network."""
+    return round(_OPENVINO_WIDTHS * facts.n_ff + 2 * facts.hidden) * round_up(batch, MAX_ALIGNMENT) * 4
+
+
+_ONNX_WIDTHS = 7.6
+_OPENVINO_WIDTHS = 6.4
 
 
 def llama_buffers(facts: ModelFacts, n_ctx: int, batch: int, max_rows: int) -> tuple[int, int]:

@@ -73,6 +73,8 @@ class ModelFacts:
     """Why the exporter refuses it."""
     marked_ids: NDArray[np.int64]
     """Tokens that a trimmed head keeps wherever they stand."""
+    n_merges: int | None = None
+    """Merges of a byte-pair tokenizer; None where the source does not list them."""
     n_expert: int = 0
     n_expert_used: int = 0
     recipe: Recipe | None = None

@@ -19,7 +19,12 @@ KV_TYPES = {
 }
 """Types of cache elements, as llama.cpp names them."""
 
-DEFAULT_KV = {"onnx": "f32", "openvino": "f32", "llama": "f16"}
+SUPPORTED_KV = {
+    "onnx": ("f32",),
+    "openvino": ("f32",),
+    "llama": ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+}
+"""Types that each backend can be asked for, its default first."""
 
 OPENVINO_BLOCK = 32
 LLAMA_CELLS = 256
@@ -27,11 +32,11 @@ LLAMA_CELLS = 256
 
 
 def find_kv_type(name: str | None, backend: str) -> GGMLType:
-    """The type of a name, or the backend's own for None; UsageError names the ones there are."""
-    try:
-        return KV_TYPES[name or DEFAULT_KV[backend]]
-    except KeyError:
-        raise UsageError(f"kv={name!r}: choose one of {', '.join(KV_TYPES)}") from None
+    """The type of a name, or the backend's default for None; UsageError names those that the backend has."""
+    supported = SUPPORTED_KV[backend]
+    if name is not None and name not in supported:
+        raise UsageError(f"kv={name!r}: the {backend} backend has {', '.join(supported)}")
+    return KV_TYPES[name or supported[0]]
 
 
 def cells(n_ctx: int, backend: str) -> int:

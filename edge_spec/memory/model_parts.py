@@ -78,6 +78,7 @@ def _onnx_parts(model: _Model) -> list[Component]:
     facts, settings = model.facts, model.settings
     matrices = model.matrices()
     weights = onnx_weights(matrices, settings.machine)
+    activations = compute.onnx_activations(facts, settings.batch)
     return [
         model.part(
             "weights",
@@ -88,7 +89,13 @@ def _onnx_parts(model: _Model) -> list[Component]:
         ),
         model.cache(),
         model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx), grows=True),
-        model.part("compute buffers", compute.onnx_activations(facts, settings.n_ctx, settings.batch), grows=True),
+        model.part(
+            "compute buffers",
+            activations,
+            reserved_bytes=2 * activations,
+            source=Source.MEASURED,
+            grows=True,
+        ),
         model.logits(matrices),
         model.embedding(),
         model.library(),
@@ -103,6 +110,7 @@ def _openvino_parts(model: _Model) -> list[Component]:
         check_expressible(facts.config, facts.name, settings.n_ctx)
     matrices = model.matrices()
     weights = openvino_weights(matrices)
+    activations = compute.openvino_activations(facts, settings.batch)
     return [
         model.part(
             "weights",
@@ -112,7 +120,13 @@ def _openvino_parts(model: _Model) -> list[Component]:
         ),
         model.cache(),
         model.part("rotary tables", 2 * compute.rope_bytes(facts, settings.n_ctx), grows=True),
-        model.part("compute buffers", compute.onnx_activations(facts, settings.n_ctx, settings.batch), grows=True),
+        model.part(
+            "compute buffers",
+            activations,
+            reserved_bytes=2 * activations,
+            source=Source.MEASURED,
+            grows=True,
+        ),
         model.logits(matrices),
         model.embedding(),
         model.library(),

@@ -23,7 +23,9 @@ def process_parts(target: ModelFacts, backends: Sequence[str], settings: Setting
 
     libraries = sorted(set(backends))
     code = max(runtime.SHARED_LIBRARIES[name] for name in libraries)
-    tokenizer = runtime.TOKENIZER + runtime.TEMPLATE + runtime.TOKENIZER_PER_TOKEN * target.n_vocab
+    merges = target.n_vocab if target.n_merges is None else target.n_merges
+    tokenizer = runtime.TOKENIZER + runtime.TEMPLATE
+    tokenizer += runtime.TOKENIZER_PER_TOKEN * target.n_vocab + runtime.TOKENIZER_PER_MERGE * merges
     parts = [
         part(
             "python",

@@ -6,21 +6,33 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_spec.checkpoint.exporter import is_graph_export
+from edge_spec.errors import UnsupportedArchitectureError
 from edge_spec.export.architecture import DecoderConfig, tensor_shapes
 from edge_spec.export.exporter import Export, open_export
+from edge_spec.export.folder import read_description
 from edge_spec.export.graph import StoredMatrix
 from edge_spec.export.layout import plan_layout
 from edge_spec.export.stored import read_weights
 from edge_spec.formats.gguf import GGMLType, GGUFFile, TensorInfo
 from edge_spec.memory.facts import Layer, ModelFacts, Origin
+from edge_spec.memory.read_gguf import count_merges
 
 
 def facts_of_export(path: Path, *, name: str | None = None) -> ModelFacts:
-    """Facts of an export's folder; ModelFormatError if it is not whole."""
+    """Facts of an export's folder.
+
+    ModelFormatError if it is not whole, UnsupportedArchitectureError if it has another layout than this exporter's.
+    """
+    if is_graph_export(read_description(path)):
+        raise UnsupportedArchitectureError(
+            f"{path}: what an export in optimum's layout holds while it runs is not known here, and is not guessed"
+        )
     export = open_export(path)
     config = export.config
     with GGUFFile(export.source_file) as source:
         tensors = shaped_tensors(config, GGMLType.F32) | dict(source.tensors)
+        n_merges = count_merges(source)
     return ModelFacts(
         name=name or path.resolve().name,
         origin=Origin.EXPORT,
@@ -34,6 +46,7 @@ def facts_of_export(path: Path, *, name: str | None = None) -> ModelFacts:
         tensors=tensors,
         config=config,
         marked_ids=np.empty(0, np.int64),
+        n_merges=n_merges,
         recipe=export.recipe,
         matrices=_matrices(export, tensors),
         sha256=export.source_sha256,

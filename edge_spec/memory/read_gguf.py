@@ -8,7 +8,7 @@ from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError
 from edge_spec.export.architecture import DecoderConfig
 from edge_spec.export.reading import read_config
 from edge_spec.export.trim import marked_ids
-from edge_spec.formats.gguf import GGUFFile
+from edge_spec.formats.gguf import GGUFArray, GGUFFile
 from edge_spec.memory.facts import ModelFacts, Origin
 from edge_spec.memory.layers import by_layer, layers_of
 
@@ -42,10 +42,17 @@ def read_facts(gguf: GGUFFile, *, name: str, sha256: str | None = None) -> Model
         config=config,
         refusal=refusal,
         marked_ids=marked_ids(gguf),
+        n_merges=count_merges(gguf),
         n_expert=n_expert,
         n_expert_used=n_expert_used,
         sha256=sha256,
     )
+
+
+def count_merges(gguf: GGUFFile) -> int | None:
+    """Merges of the tokenizer, None where it has no list of them."""
+    merges = gguf.metadata.get("tokenizer.ggml.merges")
+    return len(merges) if isinstance(merges, GGUFArray) else None
 
 
 def _exportable(gguf: GGUFFile) -> tuple[DecoderConfig | None, str | None]:

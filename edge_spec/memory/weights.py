@@ -11,7 +11,7 @@ from edge_spec.export.layout import plan_layout
 from edge_spec.export.recipe import Recipe, default_recipe
 from edge_spec.export.trim import kept_ids
 from edge_spec.formats.gguf import GGMLType, TensorInfo
-from edge_spec.memory.facts import ModelFacts
+from edge_spec.memory.facts import ModelFacts, Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,15 @@ def llama_weights(facts: ModelFacts, machine: str, features: frozenset[str]) -> 
         read_head = head.n_bytes if facts.tied else 0
     names = {tensor.name for tensor in repacked} | {head.name}
     rest = sum(_active_bytes(tensor, facts) for tensor in facts.tensors.values() if tensor.name not in names)
-    return WeightBytes(copied, facts.tensor_bytes, rest + read_head)
+    kept = [tensor for tensor in facts.tensors.values() if tensor not in repacked]
+    return WeightBytes(copied, _span(kept, facts), rest + read_head)
+
+
+def _span(kept: list[TensorInfo], facts: ModelFacts) -> int:
+    """Of the file llama.cpp keeps mapped what lies from the first to the last tensor that it has not copied."""
+    if facts.origin is not Origin.GGUF:
+        return facts.tensor_bytes
+    return max(tensor.offset + tensor.n_bytes for tensor in kept) - min(tensor.offset for tensor in kept)
 
 
 def _active_bytes(tensor: TensorInfo, facts: ModelFacts) -> int:

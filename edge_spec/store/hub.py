@@ -83,6 +83,22 @@ class HubSource:
                 partial.report()
                 time.sleep(0.25 * 2**failures)
 
+    def read(self, commit: str, offset: int, n_bytes: int) -> bytes:
+        """`n_bytes` of the file from `offset` on, at a revision that `lookup` gave; SourceError if they do not come."""
+        data = bytearray()
+        if not n_bytes:
+            return b""
+        with _get(self._url(commit), offset, offset + n_bytes - 1) as (status, headers, chunks):
+            if status != 206 or not headers.get("content-range", "").startswith(f"bytes {offset}-"):
+                raise SourceError(f"the hub answered a request for the bytes from {offset} with status {status}")
+            for chunk in chunks:
+                data += chunk
+                if len(data) >= n_bytes:
+                    break
+        if len(data) < n_bytes:
+            raise SourceError(f"the connection ended {n_bytes - len(data)} bytes early")
+        return bytes(data[:n_bytes])
+
     def _read_range(self, partial: Partial, commit: str) -> None:
         offset = partial.size
         with _get(self._url(commit), offset) as (status, headers, chunks):
@@ -154,13 +170,16 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _get(url: str, offset: int) -> Iterator[tuple[int, Mapping[str, str], Iterator[bytes]]]:
-    """Status, headers (names in lower case) and body of a GET of the bytes from `offset` on."""
+def _get(url: str, offset: int, last: int | None = None) -> Iterator[tuple[int, Mapping[str, str], Iterator[bytes]]]:
+    """Status, headers (names in lower case) and body of a GET of the bytes from `offset` on, up to `last`."""
     with _translated():
         # Public names, which the library does not mark as exported for type checkers.
         library: Any = importlib.import_module("huggingface_hub.utils")
         session = library.get_session()
-        headers = library.build_hf_headers() | {"Range": f"bytes={offset}-", "Accept-Encoding": "identity"}
+        headers = library.build_hf_headers() | {
+            "Range": f"bytes={offset}-{'' if last is None else last}",
+            "Accept-Encoding": "identity",
+        }
         # The library's session is one of requests before 1.0, and one of httpx or its successor since.
         if callable(session.stream):
             timeout = (CONTACT_S, READ_S, READ_S, CONTACT_S)

@@ -6,13 +6,15 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
-from edge_spec.errors import DownloadError, IntegrityError, ModelNotFoundError, StorageError
+from edge_spec.errors import DownloadError, IntegrityError, ModelNotFoundError, StorageError, UsageError
 from edge_spec.store.hashing import cached_sha256, write_json
 from edge_spec.store.hub import parse_reference
 from edge_spec.store.manifest import Catalogue, Pair, Weights, load_catalogue, manifest_folder
@@ -22,6 +24,8 @@ from edge_spec.types import Progress
 
 DEFAULT_PAIR = "qwen2.5-coder"
 _RECORD = "model.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What a model that is made here may be called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class _Record:
     sha256: str
     licence: str | None
     architecture: str | None
+    made_from: str | None = None
+    """For a file that was made here: what of, and how."""
 
 
 class Store:
@@ -99,7 +105,7 @@ class Store:
         """
         if isinstance(ref, str):
             weights = self._catalogue.weights.get(ref)
-            if weights is not None or parse_reference(ref) is not None:
+            if not self.is_path(ref):
                 found = self._present(ref)
                 if found is not None:
                     return found
@@ -126,6 +132,10 @@ class Store:
     def pairs(self) -> list[Pair]:
         """Every pair that is known."""
         return list(self._catalogue.pairs.values())
+
+    def weights(self, name: str) -> Weights | None:
+        """What the manifest of this name says, None if there is none."""
+        return self._catalogue.weights.get(name)
 
     def expand(self, name: str) -> list[str]:
         """The models that a name stands for: both of a pair, else the name itself."""
@@ -168,8 +178,45 @@ class Store:
         except OSError as exc:
             raise StorageError(f"cannot write below {self.data_dir}: {exc}") from exc
 
+    def make(
+        self, name: str, make: Callable[[Path], None], *, made_from: str, source: LocalModel, note: Note | None = None
+    ) -> LocalModel:
+        """The model of this name, made now by `make(path)` unless it is here and was made from the same.
+
+        `made_from` says of what and how. `make` writes the new file, and leaves nothing if it fails. Licence and
+        architecture are the source's. Raises UsageError for a name that is a manifest's or not a plain word, and what
+        `make` raises.
+        """
+        if name in self._catalogue.weights or name in self._catalogue.pairs or _NAME.fullmatch(name) is None:
+            raise UsageError(f"{name!r} cannot be the new model's name: letters, digits, . _ - and no known model's")
+        try:
+            with exclusive(self._lock(name), note or _say_nothing, name):
+                folder = self._folder(name)
+                record = _read_record(folder)
+                if record is not None and record.made_from == made_from and (found := self._intact(name)):
+                    return found
+                path = folder / f"{name}.gguf"
+                if folder.exists():
+                    self._remove_tree(folder)
+                folder.mkdir(parents=True)
+                try:
+                    make(path)
+                    sha256 = sha256_of(path)
+                    known = _read_record(source.path.parent)
+                    architecture = known.architecture if known else None
+                    made = _Record(
+                        name, path.name, path.stat().st_size, sha256, source.licence, architecture, made_from
+                    )
+                    write_json(folder / _RECORD, asdict(made))
+                except BaseException:
+                    self._remove_tree(folder)
+                    raise
+                return LocalModel(name, path, sha256, source.licence)
+        except OSError as exc:
+            raise StorageError(f"cannot write below {self.data_dir}: {exc}") from exc
+
     def models(self) -> list[ModelStatus]:
-        """Every known model, then every hub reference that was pulled, with what each has on the disk."""
+        """Every known model, then those that were pulled by reference or made here, with what each has on the disk."""
         catalogue = self._catalogue.weights
         pulled = sorted({record.name for record in self._records()} - catalogue.keys())
         return [self._status(name) for name in [*sorted(catalogue), *pulled]]
@@ -188,7 +235,8 @@ class Store:
         cannot be written.
         """
         try:
-            if self.is_path(name):
+            unfinished = _NAME.fullmatch(name) is not None and self._folder(name).is_dir()
+            if self.is_path(name) and not unfinished:
                 own = self.exports_dir / self.resolve(name).sha256
                 if not own.exists():
                     raise ModelNotFoundError(f"there are no exports of {name}; the file itself is yours to remove")
@@ -205,8 +253,11 @@ class Store:
             raise StorageError(f"cannot remove {name}: {exc}") from exc
 
     def is_path(self, ref: str) -> bool:
-        """Whether `ref` can only be a path: it is neither in a manifest nor a hub reference."""
-        return ref not in self._catalogue.weights and parse_reference(ref) is None
+        """Whether `ref` can only be a path: neither in a manifest, nor a hub reference, nor a model made here."""
+        return ref not in self._catalogue.weights and parse_reference(ref) is None and not self._is_made(ref)
+
+    def _is_made(self, name: str) -> bool:
+        return _NAME.fullmatch(name) is not None and _read_record(self._folder(name)) is not None
 
     def _folder(self, ref: str) -> Path:
         # Quoted, a reference is one safe path segment, and two references never share one.
@@ -228,7 +279,8 @@ class Store:
             return None
         path = self._folder(ref) / record.file
         if not _has_size(path, record.n_bytes):
-            raise IntegrityError(f"{path} has not its {record.n_bytes} bytes any more; repeat `edge-spec pull {ref}`")
+            again = f"repeat `edge-spec pull {ref}`" if record.made_from is None else "export it again"
+            raise IntegrityError(f"{path} has not its {record.n_bytes} bytes any more; {again}")
         return LocalModel(ref, path, record.sha256, record.licence)
 
     def _intact(self, ref: str) -> LocalModel | None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError, UsageError
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.tokenizer import bpe, spm
+from edge_spec.tokenizer import bpe, huggingface, spm
 from edge_spec.tokenizer.detokenizer import Detokenizer
 from edge_spec.tokenizer.pretokenizers import find
 from edge_spec.tokenizer.special import Shield, SpecialTokens
 from edge_spec.tokenizer.vocabulary import TokenKind, Vocabulary
 
-SUPPORTED_MODELS = ("gpt2", "llama")
-"""Values of `tokenizer.ggml.model`: byte-level BPE, and SentencePiece BPE."""
+SUPPORTED_MODELS = ("gpt2", "llama", "huggingface")
+"""Values of `tokenizer.ggml.model`: byte-level BPE, SentencePiece BPE, and the `tokenizer.json` of a checkpoint (in
+`tokenizer.huggingface.json`)."""
+
+JSON_KEY = "tokenizer.huggingface.json"
 
 
 class Encoder(Protocol):
@@ -34,19 +37,33 @@ class Tokenizer:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, encoder: Encoder, *, is_spm: bool, space_prefix: bool, swallow_space: bool
+        self,
+        vocabulary: Vocabulary,
+        encoder: Encoder,
+        *,
+        is_spm: bool,
+        space_prefix: bool,
+        swallow_space: bool,
+        later: Encoder | None = None,
+        drops_space: bool | None = None,
+        swallowing: Collection[int] = (),
     ) -> None:
         """`space_prefix`: plain text at the start or after a special token gets a space before it.
 
-        `swallow_space`: special tokens take the white space after them (Phi-3).
+        `swallow_space`: special tokens take the white space after them (Phi-3), or those in `swallowing` do.
+        `later` encodes text that does not start the whole, where that differs. `drops_space`: the encoder puts a space
+        before texts that is not part of them (default: as `space_prefix`).
         """
         self.vocabulary = vocabulary
         self._encoder = encoder
+        self._later = later or encoder
         self._is_spm = is_spm
         self._space_prefix = space_prefix
+        self._drops_space = space_prefix if drops_space is None else drops_space
         texts = {i: vocabulary.tokens[i] for i in vocabulary.control | vocabulary.user_defined}
         keep = {"<unk>", "<s>", "<|endoftext|>"}
-        swallowing = [i for i, text in texts.items() if text not in keep] if swallow_space else []
+        if swallow_space:
+            swallowing = [i for i, text in texts.items() if text not in keep]
         self._specials = SpecialTokens(texts, vocabulary.control, swallowing)
 
     @classmethod
@@ -64,6 +81,8 @@ class Tokenizer:
             return cls._from_bpe(gguf, share)
         if model == "llama":
             return cls._from_spm(gguf, share)
+        if model == "huggingface":
+            return cls._from_json(gguf, share)
         raise UnsupportedArchitectureError(
             f"{gguf.path.name}: the tokenizer {model!r} is not supported; these are: {', '.join(SUPPORTED_MODELS)}"
         )
@@ -88,6 +107,23 @@ class Tokenizer:
         encoder = spm.SentencePieceEncoder(vocabulary.tokens, vocabulary.kinds, _scores(gguf, len(vocabulary.tokens)))
         space_prefix = gguf.get_bool("tokenizer.ggml.add_space_prefix", True)
         return cls(vocabulary, encoder, is_spm=True, space_prefix=space_prefix, swallow_space=_is_phi3(gguf))
+
+    @classmethod
+    def _from_json(cls, gguf: GGUFFile, share: Tokenizer | None) -> Tokenizer:
+        vocabulary = Vocabulary.from_gguf(gguf, default_bos=None, default_eos=None, add_bos=False)
+        if share is not None and share.vocabulary == vocabulary:
+            return share
+        described = huggingface.read_json(gguf.get_str(JSON_KEY))
+        return cls(
+            vocabulary,
+            described.first,
+            is_spm=not described.byte_level,
+            space_prefix=False,
+            swallow_space=False,
+            later=described.later,
+            drops_space=described.drops_space,
+            swallowing=described.swallowing,
+        )
 
     @property
     def n_vocab(self) -> int:
@@ -130,12 +166,14 @@ class Tokenizer:
         _check_unicode(text)
         ids = [self.bos_id] if add_bos and self.bos_id is not None else []
         after_special = True
+        encoder = self._encoder
         for fragment in self._specials.cut(text, special=special, shielded=shielded):
             if isinstance(fragment, int):
                 ids.append(fragment)
             else:
-                ids += self._encoder.encode(" " + fragment if self._space_prefix and after_special else fragment)
+                ids += encoder.encode(" " + fragment if self._space_prefix and after_special else fragment)
             after_special = isinstance(fragment, int)
+            encoder = self._later
         return ids
 
     def shield(self, avoid: str) -> Shield:
@@ -156,7 +194,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`: what `encode` was given. Control tokens are left out, or shown by name."""
-        stream = Detokenizer(self._piece(skip_special), drop_space=self._space_prefix)
+        stream = Detokenizer(self._piece(skip_special), drop_space=self._drops_space)
         return "".join([*map(stream.push, map(int, ids)), stream.flush()])
 
     def stream(self, *, previous: int | None = None, skip_special: bool = True) -> Detokenizer:
@@ -165,7 +203,7 @@ class Tokenizer:
         `previous` is the token before the first; where it is a control token, the space that the vocabulary puts at
         the start of a text is left out.
         """
-        starts = self._space_prefix and previous is not None and previous in self.vocabulary.control
+        starts = self._drops_space and previous is not None and previous in self.vocabulary.control
         return Detokenizer(self._piece(skip_special), drop_space=starts)
 
     def _piece(self, skip_special: bool) -> _Pieces:

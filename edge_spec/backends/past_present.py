@@ -1,0 +1,147 @@
+"""ONNX Runtime on exports in optimum's layout: the cache goes in as past tensors and comes out as present ones.
+
+Past and present cannot share memory here, so every pass copies the cache, and a rollback copies what it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.backends._cache_limits import check_evicted, check_resized
+from edge_spec.backends._onnx_session import session_options, translated
+from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends.top_k import top_k
+from edge_spec.checkpoint.exporter import GraphExport
+from edge_spec.errors import ContextLengthError, UsageError
+from edge_spec.types import Decoded, Logits, ModelSpec, Output
+
+Cache = dict[str, NDArray[np.float32]]
+
+
+class PastPresentModel:
+    """An export that optimum built the graph of; implements `backends.base.CausalLM`.
+
+    `threads` run one operator at a time. Passes are not padded until `align_rows` says so.
+    """
+
+    def __init__(self, export: GraphExport, *, name: str, n_ctx: int, threads: int, max_rows: int = 16) -> None:
+        import onnxruntime as ort
+
+        config = export.config
+        self._padding = 1
+        self._spec = ModelSpec(
+            name=name,
+            architecture=config.architecture,
+            n_vocab=config.n_vocab,
+            n_ctx=n_ctx,
+            n_ctx_train=config.n_ctx_train,
+            n_layer=config.n_layer,
+            n_kv_heads=config.n_kv_head,
+            head_dim=config.head_dim,
+            weight_bytes=export.weight_bytes,
+            kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
+            max_rows=round_up(max_rows, MAX_ALIGNMENT),
+            row_alignment=None,
+            can_resize=True,
+        )
+        with translated(f"loading {name}"):
+            self._session: Any = ort.InferenceSession(
+                str(export.model_file),
+                session_options(ort, threads),
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # it would print to standard output and try the same again
+            )
+            self._inputs = {value.name for value in self._session.get_inputs()}
+            self._outputs = [value.name for value in self._session.get_outputs()]
+        self._past_names = [name for name in self._outputs if name != "logits"]
+        self._length = 0
+        self._cache = self._empty()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Sizes and capabilities."""
+        return self._spec
+
+    @property
+    def length(self) -> int:
+        """Cached tokens."""
+        return self._length
+
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
+        """See `CausalLM.decode`."""
+        self._require_open()
+        n, start = len(tokens), self._length
+        if not 0 <= rows <= min(n, self._spec.max_rows) or n == 0:
+            raise UsageError(f"{rows} rows of {n} tokens; at most {self._spec.max_rows} rows, and no more than tokens")
+        if start + n > self._spec.n_ctx:
+            raise ContextLengthError(start + n, self._spec.n_ctx)
+        padded = round_up(n, self._padding)
+        wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
+        wanted[:rows] = np.arange(n - rows, n)
+        feeds: dict[str, Any] = {
+            "input_ids": self._padded_ids(tokens, padded),
+            "attention_mask": np.ones((1, start + padded), np.int64),
+            # Padding takes the last token's place, since there may be none behind it.
+            "position_ids": np.minimum(np.arange(start, start + padded), start + n - 1)[None],
+            "rows": wanted,
+        }
+        feeds = {name: value for name, value in feeds.items() if name in self._inputs}
+        past = {name.replace("present", "past_key_values"): self._kept(name) for name in self._past_names}
+        with translated(f"decoding {n} tokens"):
+            logits, *present = self._session.run(["logits", *self._past_names], {**feeds, **past})
+        self._cache = dict(zip(self._past_names, present, strict=True))
+        self._length = start + n
+        picked: Logits = logits[0, :rows] if "rows" in self._inputs else logits[0, n - rows : n]
+        return Decoded(picked) if want is Output.LOGITS else Decoded(picked[:0], top_k(picked))
+
+    def rollback(self, length: int) -> None:
+        """See `CausalLM.rollback`; any length. The next decode copies what is kept."""
+        if not 0 <= length <= self._length:
+            raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
+        self._length = length
+
+    def evict(self, start: int, end: int) -> None:
+        """See `CausalLM.evict`: refused, since how such a graph makes positions count is its own affair."""
+        self._require_open()
+        check_evicted(self._spec, start, end, self._length)
+
+    def resize(self, n_ctx: int) -> None:
+        """See `CausalLM.resize`: only a bound, since the cache is as long as its tokens anyway."""
+        self._require_open()
+        check_resized(self._spec, self._length, n_ctx)
+        self._spec = replace(self._spec, n_ctx=n_ctx)
+
+    def align_rows(self, alignment: int | None) -> None:
+        """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all."""
+        check_alignment(alignment)
+        self._padding = alignment or 1
+        self._spec = replace(self._spec, row_alignment=alignment)
+
+    def close(self) -> None:
+        """Give the session and the cache back."""
+        self._session = None
+        self._cache = {}
+
+    def _require_open(self) -> None:
+        if self._session is None:
+            raise UsageError(f"{self._spec.name} is closed")
+
+    def _empty(self) -> Cache:
+        shape = (1, self._spec.n_kv_heads, 0, self._spec.head_dim)
+        return {name: np.zeros(shape, np.float32) for name in self._past_names}
+
+    def _kept(self, name: str) -> NDArray[np.float32]:
+        """A cache tensor without what lies behind the length: padding, and what was rolled back."""
+        return np.ascontiguousarray(self._cache[name][:, :, : self._length])
+
+    def _padded_ids(self, tokens: Sequence[int], padded: int) -> NDArray[np.int64]:
+        ids = np.zeros(padded, np.int64)
+        ids[: len(tokens)] = tokens
+        if ids.min() < 0 or ids.max() >= self._spec.n_vocab:
+            raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
+        return ids[None]

@@ -1,0 +1,65 @@
+"""The likeliest tokens of a row of logits, without a sort of the row."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.errors import BackendError
+from edge_spec.types import TOP_K, Logits, TopK
+
+
+def top_k(logits: Logits, k: int = TOP_K) -> TopK:
+    """The `k` likeliest tokens of each row of `logits` [rows, n], with their places as ids.
+
+    Costs about 60 microseconds a row of 32,768. Raises BackendError where the logits are not numbers.
+    """
+    rows, k = len(logits), min(k, logits.shape[1])
+    ids, kept = np.empty((rows, k), np.int64), np.empty((rows, k), np.float32)
+    log_sum = np.empty(rows, np.float32)
+    for row, scores in enumerate(logits):
+        best = scores.max()
+        require_numbers(best)
+        places = largest(scores, k)
+        ids[row] = places[np.argsort(-scores[places], kind="stable")]
+        kept[row] = scores[ids[row]]
+        log_sum[row] = best + np.log(np.exp(scores - best).sum())
+    return TopK(ids, kept, log_sum)
+
+
+def join(left: TopK, right: TopK, k: int = TOP_K) -> TopK:
+    """The likeliest tokens of two disjoint sets of which the likeliest are known, [rows, at most k]."""
+    ids, logits = np.concatenate([left.ids, right.ids], axis=1), np.concatenate([left.logits, right.logits], axis=1)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return TopK(
+        np.take_along_axis(ids, order, axis=1),
+        np.take_along_axis(logits, order, axis=1),
+        np.logaddexp(left.log_sum, right.log_sum),
+    )
+
+
+def largest(scores: Logits, k: int) -> NDArray[np.int64]:
+    """Positions, increasing, of the k largest scores; of equal ones at the edge, any.
+
+    Partitioning 150,000 entries takes a millisecond. The k-th largest of the maxima of many groups is a lower bound of
+    the k-th largest entry, and few entries reach it: an exact short cut.
+    """
+    group = 64
+    num_groups = len(scores) // group
+    if num_groups <= k:
+        return np.sort(np.argpartition(scores, len(scores) - k)[len(scores) - k :])
+    maxima = scores[: num_groups * group].reshape(group, num_groups).max(axis=0)
+    positions = np.flatnonzero(scores >= np.partition(maxima, num_groups - k)[num_groups - k])
+    excess = len(positions) - k
+    if excess == 0:
+        return positions
+    return positions[np.sort(np.argpartition(scores[positions], excess)[excess:])]
+
+
+def require_numbers(best: np.floating) -> None:
+    """BackendError unless the highest logit of a row is a finite number: of a NaN it is told by NaN itself."""
+    if not np.isfinite(best):
+        raise BackendError(
+            "the model returned logits that are not numbers; its file or its export may be damaged: "
+            "remove and pull it again, or try another backend"
+        )

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edge_spec import cli
+from tests.tiny_models import write_tiny_gguf
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.setenv("EDGE_SPEC_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("EDGE_SPEC_DEBUG", raising=False)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["estimate", *args])
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return str(write_tiny_gguf(tmp_path / "m.gguf", tensor_type="Q4_0", n_ctx=8192))
+
+
+def test_json_has_the_totals_and_their_parts(run: Run, model: str) -> None:
+    code, out, _ = run(model, "--draft", model, "--ctx", "1024", "--ram", "2GiB", "--json")
+
+    told = json.loads(out)
+    assert code == 0
+    assert told["fits"] is True
+    assert (told["budget_bytes"], told["n_ctx"], told["largest_n_ctx"]) == (2 << 30, 1024, 8192)
+    assert told["committed_bytes"] == sum(part["committed_bytes"] for part in told["components"])
+    assert told["working_set_bytes"] == sum(part["working_set_bytes"] for part in told["components"])
+    assert {part["owner"] for part in told["components"]} == {"target", "draft", "process"}
+    assert {part["source"] for part in told["components"]} == {"formula", "measured"}
+    assert told["tokens_per_s"] > 0
+    saved = [lever["saved_bytes"] for lever in told["levers"]]
+    assert saved == sorted(saved, reverse=True)
+    assert "--drafter lookup" in [lever["option"] for lever in told["levers"]]
+
+
+def test_what_does_not_fit_exits_with_3_and_says_what_would(run: Run, model: str) -> None:
+    _, out, _ = run(model, "--ctx", "8192", "--ram", "2GiB", "--json")
+    told = json.loads(out)
+    between = told["committed_bytes"] + told["band_bytes"] - (2 << 20)
+
+    code, out, _ = run(model, "--ctx", "8192", "--ram", str(between))
+
+    assert code == 3
+    assert "does not fit" in out
+    assert "enough would be" in out
+
+
+def test_a_budget_that_nothing_fits_names_no_context(run: Run, model: str) -> None:
+    code, out, _ = run(model, "--ram", "16MiB", "--json")
+
+    assert code == 3
+    assert json.loads(out)["largest_n_ctx"] is None
+
+
+def test_the_table_is_for_people(run: Run, model: str) -> None:
+    code, out, err = run(model, "--ram", "pixel-8", "--backend", "llama", "--kv", "q8_0")
+
+    assert (code, err) == (0, "")
+    assert all(word in out for word in ("weights", "cache", "tokenizer", "COMMITTED", "fits", "GB/s of pixel-8"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_training_is_counted_instead(run: Run, model: str, kind: str) -> None:
+    code, out, _ = run(model, "--training", kind, "--ram", "8GiB", "--json")
+
+    told = json.loads(out)
+    assert code == 0
+    assert [part["name"] for part in told["components"]] == ["weights", "gradients", "optimiser", "activations"]
+    assert told["committed_bytes"] == sum(part["committed_bytes"] for part in told["components"])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--ram", "much"),
+        ("--ctx", "100000"),
+        ("--kv", "q9_0"),
+        ("--kv", "q8_0"),
+        ("--backend", "llama", "--recipe", "int4"),
+        ("--draft-backend", "llama"),
+        ("--recipe", "int3"),
+        ("--training", "some"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_bad_usage(run: Run, model: str, args: tuple[str, ...]) -> None:
+    code, out, err = run(model, *args)
+
+    assert (code, out) == (2, "")
+    assert err
+
+
+def test_a_model_that_is_not_there_is_a_failure(run: Run) -> None:
+    assert run("no-such-model")[0] == 1
+
+
+def test_an_estimate_loads_no_inference_library(model: str, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom edge_spec.cli import main\n"
+        "try:\n    main(['estimate', sys.argv[1], '--json'])\n"
+        "finally:\n    heavy = {'onnxruntime', 'onnx', 'gguf', 'tokenizers', 'openvino', 'llama_cpp', 'torch'}\n"
+        "    print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    environment = {"EDGE_SPEC_HOME": str(tmp_path), "PATH": "/usr/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, model], capture_output=True, text=True, check=True, env=environment
+    )
+
+    assert done.stderr.strip() == "[]"

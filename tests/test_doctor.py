@@ -1,0 +1,84 @@
+"""The doctor: how passes are timed, what is recommended, and what later engines take over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edge_spec.cores import RecommendedThreads, usable_processors
+from edge_spec.doctor.examination import _best
+from edge_spec.doctor.passes import fill, time_passes
+from edge_spec.drafting import Costs
+from edge_spec.store import Store
+from tests.fake_engine import run
+from tests.test_planner import Clock, TimedLM
+
+
+def test_passes_are_timed_behind_what_is_cached_and_leave_it() -> None:
+    clock = Clock()
+    model = TimedLM(clock, 0.030, 0.002, n_ctx=200, max_rows=4)
+    assert fill(model, 100, clock) == pytest.approx(100 / (0.030 + 99 * 0.002))
+    times = time_passes(model, (1, 2, 8), repeats=3, clock=clock)
+    assert [(time.cached, time.rows) for time in times] == [(100, 1), (100, 2), (100, 8)]
+    assert [time.seconds for time in times] == pytest.approx([0.030, 0.032, 0.044])
+    assert model.length == 100
+
+
+def test_timing_ends_with_its_budget_but_not_before_the_first_round() -> None:
+    clock = Clock()
+    model = TimedLM(clock, 1.0, 0.0, n_ctx=64)
+    times = time_passes(model, (1, 2), repeats=100, budget_s=0.1, clock=clock)
+    assert len(times) == 2
+    assert clock.now == pytest.approx(3.0)  # one to warm up, and a round of two
+
+
+@pytest.mark.parametrize(
+    ("times", "best"),
+    [({1: 0.2, 2: 0.1}, 2), ({1: 0.100, 2: 0.099}, 1), ({2: 0.1, 4: 0.2}, 2), ({1: 0.3, 2: 0.2, 4: 0.1}, 4)],
+)
+def test_more_threads_have_to_be_worth_it(times: dict[int, float], best: int) -> None:
+    assert _best(times) == best
+
+
+def test_a_recommendation_holds_for_its_machine_only(tmp_path: Path) -> None:
+    threads = RecommendedThreads(tmp_path)
+    assert threads.get("this") is None
+    threads.put("this", 1)
+    threads.put("a larger one", usable_processors() + 1)
+    assert (threads.get("this"), threads.get("another")) == (1, None)
+    assert threads.get("a larger one") is None
+
+
+def test_the_best_fixed_length_follows_cost_and_chance() -> None:
+    costs = Costs(max_rows=8)
+    costs.restore({"target": {str(n): 0.020 + 0.010 * n for n in range(1, 9)}, "draft_s": 0.005, "read_s": 0.001})
+    plain = 1 / 0.030
+    rate, length = costs.best_fixed(0.0, 7)
+    assert rate == pytest.approx(plain)
+    assert length == 0
+    rate, length = costs.best_fixed(1.0, 7)
+    assert rate == pytest.approx(8 / (0.100 + 7 * 0.005))
+    assert length == 7
+    rates = [costs.best_fixed(chance / 10, 7)[0] for chance in range(11)]
+    assert rates == sorted(rates)
+    assert costs.best_fixed(1.0, 7, reading_s=9.0)[1] == 0
+
+
+@pytest.mark.real
+def test_what_the_doctor_measures_is_where_later_engines_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, smollm2_path: Path
+) -> None:
+    monkeypatch.setenv("EDGE_SPEC_HOME", str(tmp_path))
+    transcript = run("doctor", "--target", str(smollm2_path), "--json")
+    assert transcript.code == 0, transcript.err
+    told = json.loads(transcript.out)
+    assert {p["rows"] for p in told["target"]["passes"]} >= {16, 32}
+    assert told["draft"] is None
+    assert told["target"]["reading_tokens_per_s"] > 0
+    assert told["read_bandwidth_bytes_per_s"] > 1e8
+    cache = Store().cache_dir
+    (kept,) = json.loads((cache / "costs.json").read_text("utf-8")).values()
+    assert 1 / kept["target"][min(kept["target"], key=int)] == pytest.approx(told["plain_tokens_per_s"], rel=0.01)
+    assert set(json.loads((cache / "threads.json").read_text("utf-8")).values()) == {told["threads"]}

@@ -1,0 +1,127 @@
+"""The estimate of a cell, and how it stands to what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edge_spec.export.exporter import ensure_export, export_key
+from edge_spec.export.folder import is_export
+from edge_spec.export.recipe import RECIPES, Recipe, default_recipe
+from edge_spec.formats.gguf import GGUFFile
+from edge_spec.memory import Estimate, ModelFacts, Settings, estimate, facts_of_export, facts_of_gguf
+from edge_spec.memory.weights import stored_bytes, stored_matrices
+from edge_spec.store import Store
+from memory_bench.cell import Cell
+from memory_bench.measure import Measured
+
+MIB = 1 << 20
+_LOG_STEP = round(0.01 * MIB)
+"""llama.cpp's log rounds to this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """What is known of a cell before it runs. `stored_weight_bytes`: of the exports, from the sources' headers."""
+
+    estimate: Estimate
+    stored_weight_bytes: int
+
+    def sum_of(self, name: str, kind: str = "committed_bytes") -> int:
+        """One part of target and draft together."""
+        return sum(getattr(part, kind) for part in self.estimate.components if part.name == name)
+
+
+def foretell(cell: Cell, store: Store, *, path_of: dict[str, Path]) -> Foretold:
+    """The estimate of a cell; its exports are made first if there are none, so that the run that follows makes none.
+
+    `path_of`: files of models that are not in the store.
+    """
+    draft_backend = "onnx" if cell.backend == "openvino" else cell.backend
+    target, stored = _facts(cell.model, cell.backend, None, store, path_of)
+    draft = None
+    if cell.draft:
+        draft, more = _facts(cell.draft, draft_backend, RECIPES["draft"], store, path_of)
+        stored += more
+    settings = Settings(
+        backend=cell.backend,
+        n_ctx=cell.n_ctx,
+        kv=cell.kv,
+        batch=cell.batch,
+        max_rows=cell.rows,
+        threads=cell.threads,
+        lookup=cell.is_plain and not cell.draft,
+    )
+    return Foretold(estimate(target, draft, settings), stored)
+
+
+def _facts(
+    name: str, backend: str, recipe: Recipe | None, store: Store, path_of: dict[str, Path]
+) -> tuple[ModelFacts, int]:
+    """Facts of the export where there will be one, else of the GGUF; and the bytes that its weights are said to take,
+    from the header of the GGUF alone."""
+    local = store.resolve(path_of.get(name, name))
+    if backend == "llama":
+        return facts_of_gguf(local.path, name=name), 0
+    if recipe is None:
+        with GGUFFile(local.path) as gguf:
+            recipe = default_recipe(gguf)
+    stored = stored_bytes(stored_matrices(facts_of_gguf(local.path, name=name), recipe))
+    folder = store.exports_dir / local.sha256 / f"{recipe.name}-{export_key(recipe)}"
+    if not is_export(folder):
+        ensure_export(local.path, local.sha256, recipe, store.exports_dir)
+    return replace(facts_of_export(folder), name=name), stored
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One cell: foretold and measured."""
+
+    cell: Cell
+    foretold: Foretold
+    measured: Measured
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most anonymous memory that was measured."""
+        return self.measured.peak_anonymous_bytes
+
+    @property
+    def error_bytes(self) -> int:
+        """Estimate less measurement: negative where the estimate was too low."""
+        return self.foretold.estimate.peak_bytes - self.peak_bytes
+
+    @property
+    def error(self) -> float:
+        """The same as a share of what was measured."""
+        return self.error_bytes / self.peak_bytes
+
+    @property
+    def beyond_band(self) -> bool:
+        """Whether more was needed than the estimate and its band."""
+        return -self.error_bytes > self.foretold.estimate.band_bytes
+
+    @property
+    def load_error_bytes(self) -> int:
+        """The same as `error_bytes` for the peak while loading."""
+        stages = (self.measured.stages[name].peak_anonymous_bytes for name in ("imported", "loaded"))
+        return self.foretold.estimate.load_peak_bytes - max(stages)
+
+    def differences(self) -> dict[str, int]:
+        """Bytes of cache and weights that the backend allocated beside what was foretold; empty where they agree.
+
+        llama.cpp is believed to the precision of its log.
+        """
+        heard: dict[str, int] = self.measured.facts["heard"]
+        pairs = {"cache": (heard.get("cache_bytes", 0), self.foretold.sum_of("cache"))}
+        precision = 0
+        if self.cell.backend == "llama":
+            precision = _LOG_STEP * (2 if self.cell.draft else 1)
+            weights = self.foretold
+            pairs["mapped weights"] = heard["mapped_weight_bytes"], weights.sum_of("weights", "mapped_bytes")
+            pairs["repacked weights"] = heard.get("repacked_bytes", 0), weights.sum_of("weights")
+            pairs["recurrent state"] = heard.get("state_bytes", 0), weights.sum_of("recurrent state")
+        else:
+            pairs["weights"] = heard["stored_weight_bytes"], self.foretold.stored_weight_bytes
+        differences = {name: found - said for name, (found, said) in pairs.items()}
+        return {name: n_bytes for name, n_bytes in differences.items() if abs(n_bytes) > precision}

@@ -1,0 +1,49 @@
+"""Models with random weights, 40 to 110 MB each, for what the real ones at hand are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_EXPORTED = ("onnx", "openvino", "llama")
+_SIZES: dict[str, Any] = {"n_layer": 6, "hidden": 1024, "ff": 2816, "n_ctx": 4096, "n_vocab": 32000, "n_head": 16}
+
+
+class RandomModel(NamedTuple):
+    """How a model is written, and the backends that run it."""
+
+    write: Callable[[Path], Path]
+    backends: tuple[str, ...]
+
+
+def _decoder(backends: tuple[str, ...] = _EXPORTED, **changes: Any) -> RandomModel:
+    def write(path: Path) -> Path:
+        from tests.tiny_models import write_tiny_gguf
+
+        return write_tiny_gguf(path, **{**_SIZES, "n_kv_head": 4, "tensor_type": "Q4_K", **changes})
+
+    return RandomModel(write, backends)
+
+
+MODELS: Mapping[str, RandomModel] = {
+    "random-gqa": _decoder(),
+    "random-mha": _decoder(n_kv_head=16, tensor_type="Q8_0"),
+    "random-mqa-untied": _decoder(n_kv_head=1, tied=False),
+    "random-qwen3": _decoder(("onnx", "llama"), architecture="qwen3"),
+    "random-windowed": _decoder(
+        ("onnx", "llama"), architecture="gemma3", metadata={"gemma3.attention.sliding_window": 512}
+    ),
+}
+
+
+def write_all(folder: Path, names: set[str]) -> dict[str, Path]:
+    """The files of these models in `folder`, written unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.gguf" for name in names & MODELS.keys()}
+    for name, path in paths.items():
+        if not path.exists():
+            partial_path = path.with_suffix(".partial")
+            MODELS[name].write(partial_path)
+            partial_path.rename(path)
+    return paths

@@ -1,0 +1,104 @@
+"""The table of a grid, and its figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from memory_bench.foretell import MIB, Compared
+
+_HEAD = ("cell", "measured", "estimate", "error", "error %", "band", "load error", "files", "cache and weights")
+
+
+def as_text(results: Sequence[Compared]) -> str:
+    """Sizes in MiB; a negative error is an estimate that was too low."""
+    rows = [_row(result) for result in results]
+    widths = [max(len(row[column]) for row in (_HEAD, *rows)) for column in range(len(_HEAD))]
+    lines = []
+    for row in (_HEAD, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0], cells[-1] = row[0].ljust(widths[0]), row[-1]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, "", *_summary(results)])
+
+
+def _row(result: Compared) -> tuple[str, ...]:
+    estimate = result.foretold.estimate
+    differences = result.differences()
+    return (
+        result.cell.name,
+        f"{result.peak_bytes / MIB:.1f}",
+        f"{estimate.peak_bytes / MIB:.1f}",
+        f"{result.error_bytes / MIB:+.1f}",
+        f"{100 * result.error:+.1f}",
+        f"{estimate.band_bytes / MIB:.0f}",
+        f"{result.load_error_bytes / MIB:+.1f}",
+        f"{result.measured.peak.mapped_bytes / MIB:.0f}",
+        ", ".join(f"{name} {n_bytes:+d} B" for name, n_bytes in differences.items()) or "equal",
+    )
+
+
+def figures(results: Sequence[Compared]) -> dict[str, Any]:
+    """What a grid comes to. Errors are absolute, but for the worst underestimate (0 where there is none)."""
+    shares = [abs(result.error) for result in results]
+    sizes = [abs(result.error_bytes) for result in results]
+    within = [abs(r.error) <= 0.07 or abs(r.error_bytes) <= 32 * MIB for r in results]
+    return {
+        "cells": len(results),
+        "median_error": statistics.median(shares),
+        "p95_error": _p95(shares),
+        "p95_error_bytes": _p95(sizes),
+        "within_7_percent_or_32_mib": sum(within) / len(within),
+        "worst_underestimate_bytes": -min(0, *(result.error_bytes for result in results), 0),
+        "beyond_band": [result.cell.name for result in results if result.beyond_band],
+        "cache_and_weights_differ": [result.cell.name for result in results if result.differences()],
+    }
+
+
+def _summary(results: Sequence[Compared]) -> list[str]:
+    found = figures(results)
+    return [
+        f"{found['cells']} cells. Error of the peak: median {100 * found['median_error']:.1f} %, 95th percentile "
+        f"{100 * found['p95_error']:.1f} % or {found['p95_error_bytes'] / MIB:.1f} MiB; "
+        f"{100 * found['within_7_percent_or_32_mib']:.0f} % of the cells within 7 % or 32 MiB.",
+        f"Worst underestimate {found['worst_underestimate_bytes'] / MIB:.1f} MiB; beyond the band: "
+        f"{', '.join(found['beyond_band']) or 'none'}. "
+        f"Cache or weights not equal: {', '.join(found['cache_and_weights_differ']) or 'none'}.",
+    ]
+
+
+def _p95(values: Sequence[float]) -> float:
+    """The smallest value that 95 % of them do not exceed."""
+    ranked = sorted(values)
+    return ranked[-(-95 * len(ranked) // 100) - 1]
+
+
+def as_json(results: Sequence[Compared]) -> dict[str, Any]:
+    """Everything, for other programs."""
+    return {"figures": figures(results), "cells": [_as_object(result) for result in results]}
+
+
+def _as_object(result: Compared) -> dict[str, Any]:
+    estimate, measured = result.foretold.estimate, result.measured
+    return {
+        "cell": asdict(result.cell),
+        "name": result.cell.name,
+        "peak_anonymous_bytes": result.peak_bytes,
+        "stages": {name: asdict(stage) for name, stage in measured.stages.items()},
+        "resident_bytes": measured.resident,
+        "facts": measured.facts,
+        "estimate": {
+            "peak_bytes": estimate.peak_bytes,
+            "committed_bytes": estimate.committed_bytes,
+            "load_peak_bytes": estimate.load_peak_bytes,
+            "working_set_bytes": estimate.working_set_bytes,
+            "band_bytes": estimate.band_bytes,
+            "reserved_bytes": estimate.reserved_bytes,
+            "components": [asdict(part) for part in estimate.components],
+        },
+        "error_bytes": result.error_bytes,
+        "error": result.error,
+        "differences": result.differences(),
+    }
