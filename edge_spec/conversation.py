@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol, Unpack
 
 from edge_spec.chat_template import ChatTemplate
 from edge_spec.context import Answered, Transcript, make_keeper
 from edge_spec.generation import GenerationOptions, Stream
 from edge_spec.tokenizer import Tokenizer
-from edge_spec.types import FinishReason, GenerationResult, Hole, Prompt
+from edge_spec.types import Condensing, FinishReason, GenerationResult, Hole, Prompt
 
 
 class StreamIds(Protocol):
@@ -45,8 +46,12 @@ class Chat:
         system: str | None,
         on_full: str = "turns",
         window: Callable[[], int],
+        condense: Callable[[str, float | None], tuple[str, Condensing | None]],
     ) -> None:
-        """`window`: tokens that the context may have now. Raises UsageError."""
+        """`window`: tokens that the context may have now; `condense` leaves out of a text what tells least.
+
+        Raises UsageError.
+        """
         transcript = Transcript(template, tokenizer, system=system)
         self._stream_ids = stream_ids
         self._tokenizer = tokenizer
@@ -54,6 +59,7 @@ class Chat:
         self._keeper = make_keeper(on_full, transcript)
         self._may_prune = on_full != "error"
         self._window = window
+        self._condense = condense
         self.messages: list[dict[str, str]] = []
         self._answer: Stream | None = None
         """The latest one, which may not have been read to its end."""
@@ -65,21 +71,24 @@ class Chat:
         self.messages[:] = self._system
         self._keeper.reset()
 
-    def send(self, text: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
+    def send(self, text: str, *, keep: float | None = None, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Say `text` and wait for the whole answer."""
-        stream = self.stream(text, **options)
+        stream = self.stream(text, keep=keep, **options)
         for _ in stream:
             pass
         return stream.result
 
-    def stream(self, text: str, **options: Unpack[GenerationOptions]) -> Stream:
+    def stream(self, text: str, *, keep: float | None = None, **options: Unpack[GenerationOptions]) -> Stream:
         """Say `text`; the answer streams. The options are those of `Engine.stream`, and for this turn only.
+
+        With `keep` the model reads that share of `text`, now and later; `messages` hold all of it.
 
         Both enter the conversation when the answer has ended. Raises ContextLengthError if the conversation does not
         fit the window, even without what may go; it is then as it was before.
         """
         self._end_answer()
-        asking = self._keeper.ask(text, n_ctx=self._window(), max_tokens=options.get("max_tokens"))
+        said, condensing = self._condense(text, keep)
+        asking = self._keeper.ask(said, n_ctx=self._window(), max_tokens=options.get("max_tokens"))
         before = list(self.messages)
 
         def done(result: GenerationResult, holes: list[Hole]) -> None:
@@ -94,7 +103,7 @@ class Chat:
                 ids = self._tokenizer.encode(result.text)
             asking.settle(Answered(result.text, ids, holes))
 
-        self._answer = self._stream_ids(asking.prompt, done=done, **options)
+        self._answer = self._stream_ids(replace(asking.prompt, condensing=condensing), done=done, **options)
         return self._answer
 
     def prune(self, max_tokens: int) -> int:

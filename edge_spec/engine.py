@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Unpack
 
 from edge_spec.assembly import KeptCosts, References, make_drafters, past_answers
-from edge_spec.context import report
+from edge_spec.context import Surprisal, draft_score, report
 from edge_spec.conversation import Chat
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter
@@ -18,7 +19,7 @@ from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter, PastAnswers
 from edge_spec.errors import UsageError
 from edge_spec.generation import EngineInfo, GenerationOptions, Stream, make_result
-from edge_spec.loading import Source, StageProgress
+from edge_spec.loading import KV_TYPES, Source, StageProgress
 from edge_spec.opening import (
     DRAFTERS,
     NO_HISTORY,
@@ -31,7 +32,7 @@ from edge_spec.opening import (
 )
 from edge_spec.prompting import Prompting
 from edge_spec.store import Store
-from edge_spec.types import GenerationResult, Hole, Progress, Prompt, SamplingParams
+from edge_spec.types import Condensing, Dropped, GenerationResult, Hole, Progress, Prompt, SamplingParams
 
 COPYING = ("reference", "auto")
 """Drafters that copy from references."""
@@ -78,6 +79,7 @@ class Engine:
         recipe: str | None = None,
         pad_rows: bool = True,
         history: bool = False,
+        kv: str | None = None,
         on_progress: StageProgress | None = None,
     ) -> Engine:
         """Load a pair by its name (default: qwen2.5-coder), or `target` and, if wanted, `draft`.
@@ -93,6 +95,10 @@ class Engine:
         `n_ctx` to 4,096 tokens or the model's own limit. `recipe` (of the target) defaults to 4 bits, or 8 where the
         source has more than 6. `pad_rows=False` gives up bit-for-bit equality between drafters at temperature 0 for a
         little speed of plain decoding.
+
+        `kv` is what keys and values are stored as, the draft's too where it runs on the same backend: "f32" or "q8" on
+        onnx, "f32", "f16" or "u8" on openvino, "f16", "q8_0", "q4_0" or "f32" on llama, the first of each unless given.
+        Fewer bits take less memory and change the text; with "u8" it depends on the drafter too.
 
         `history` keeps the ids of every answer in a file of at most 4 MiB that only this user may read, and lets
         "auto" and "history" copy from it: `edge-spec history` shows and clears it.
@@ -115,6 +121,7 @@ class Engine:
             recipe=recipe,
             pad_rows=pad_rows,
             history=history,
+            kv=kv,
         )
         request = resolve(options, store)
         models = open_models(request, store, on_progress)
@@ -150,6 +157,7 @@ class Engine:
         drafter: str | None = None,
         reference: Sequence[str] = (),
         on_full: str = "error",
+        keep: float | None = None,
         on_progress: Progress | None = None,
     ) -> Stream:
         """Answer `prompt`; text comes as it is written.
@@ -159,12 +167,16 @@ class Engine:
         defaults to greedy. `reference`: texts that the answer is likely to copy from (a file to edit, what was
         retrieved), whether or not the prompt holds them; they change its speed only. `on_full`: "error" refuses a
         prompt that does not fit, and ends the text where the window is full; "sinks" evicts the middle and goes on.
+        `keep`, in (0, 1): the draft model chooses the share of the prompt that is read; what it could have guessed is
+        left out (see `Surprisal`).
         `on_progress(read, to_read)` is called while the prompt is read; False cancels.
         Raises UsageError and ContextLengthError at the call.
         """
         n_ctx = self._target.spec.n_ctx
+        prompt, condensing = self._condense(prompt, keep)
+        made = self._prompting.make(prompt, system=system, raw=raw, on_full=on_full, n_ctx=n_ctx)
         return self._stream_ids(
-            self._prompting.make(prompt, system=system, raw=raw, on_full=on_full, n_ctx=n_ctx),
+            replace(made, condensing=condensing),
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stop,
@@ -180,10 +192,11 @@ class Engine:
         system: str | None = None,
         raw: bool = False,
         on_full: str = "error",
+        keep: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
         """`stream`, read to its end."""
-        stream = self.stream(prompt, system=system, raw=raw, on_full=on_full, **options)
+        stream = self.stream(prompt, system=system, raw=raw, on_full=on_full, keep=keep, **options)
         for _ in stream:
             pass
         return stream.result
@@ -202,6 +215,7 @@ class Engine:
             system=system,
             on_full=on_full,
             window=lambda: self._target.spec.n_ctx,
+            condense=self._condense,
         )
 
     def count(self, text: str) -> int:
@@ -267,7 +281,7 @@ class Engine:
                 max_tokens=max_tokens,
                 stop_ids=tokenizer.stop_ids,
                 references=references,
-                archive=prompt.archive,
+                archive=prompt.all_archive,
                 holes=prompt.holes,
                 eviction=prompt.eviction,
                 cancelled=cancelled,
@@ -278,6 +292,22 @@ class Engine:
             stop,
             finish,
         )
+
+    def _condense(self, text: str, keep: float | None) -> tuple[str, Condensing | None]:
+        """The text without what tells least, and what became of it."""
+        if keep is None:
+            return text, None
+        model = self._drafters.get("model")
+        if not 0 < keep < 1:
+            raise UsageError(f"keep={keep!r} is a share between 0 and 1")
+        if not isinstance(model, ModelDrafter):
+            raise UsageError("keep needs a draft model, which scores the prompt: load the engine with one")
+        started, tokenizer = perf_counter(), self._source.tokenizer
+        room = max(model.session.spec.max_rows, model.session.spec.n_ctx - 1)
+        condensed = Surprisal(keep).condense(text, tokenizer, draft_score(model.session, room=room))
+        dropped = Dropped("surprisal", condensed.tokens, "\n".join(condensed.left_out))
+        archive = tuple(tokenizer.encode(text))
+        return condensed.text, Condensing(dropped, archive, perf_counter() - started)
 
     def _remember(self, result: GenerationResult) -> None:
         if self._past is not None:
@@ -307,7 +337,11 @@ def _describe(request: LoadRequest, models: OpenedModels, drafter: str, load_s: 
     if source.template.source == "chatml":
         notes.append(f"{source.name} carries no chat template: ChatML stands in")
     if drafter != "none" and target.model.spec.row_alignment is None:
-        notes.append("rows are not padded here: in a near tie, greedy text may differ from plain decoding's")
+        reason = "no padding makes passes agree here" if request.aligns else "rows are not padded here"
+        notes.append(f"{reason}: in a near tie, greedy text may differ from plain decoding's")
+    usual = KV_TYPES[target.backend][0]
+    if target.model.spec.kv_type != usual:
+        notes.append(f"keys and values are stored as {target.model.spec.kv_type}: texts may differ from {usual}'s")
     return EngineInfo(
         target=source.name,
         draft=request.draft_source.name if request.draft_source else None,
@@ -320,4 +354,5 @@ def _describe(request: LoadRequest, models: OpenedModels, drafter: str, load_s: 
         chat_sampling=request.chat_sampling,
         chat_system=request.chat_system,
         draft_backend=draft.backend if draft else None,
+        kv=target.model.spec.kv_type,
     )

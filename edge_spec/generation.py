@@ -35,6 +35,8 @@ class EngineInfo:
     chat_system: str | None
     draft_backend: str | None = None
     """Where the draft runs; None without one."""
+    kv: str = "f32"
+    """What the target's keys and values are stored as."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -173,6 +175,12 @@ def make_result(
     generated = len(stream.token_ids)
     decode_s = stream.ended_s - stream.first_token_s
     decoded = max(0, generated - stream.first_tokens)
+    condensing, notes = prompt.condensing, []
+    dropped = (*prompt.dropped, *evicted)
+    if condensing is not None:
+        dropped = (*dropped, condensing.dropped)
+        notes.append(f"{condensing.dropped.tokens} tokens of the prompt that tell least were not read")
+    prepared_s = condensing.seconds if condensing else 0.0
     return GenerationResult(
         text=stream.text,
         token_ids=stream.token_ids,
@@ -180,9 +188,9 @@ def make_result(
         generated_tokens=generated,
         finish_reason=stream.finish_reason,
         load_s=info.load_s,
-        ttft_s=stream.first_token_s - stream.started_s,
+        ttft_s=prepared_s + stream.first_token_s - stream.started_s,
         decode_tokens_per_s=decoded / decode_s if decoded and decode_s > 0 else 0.0,
-        total_s=stream.ended_s - stream.started_s,
+        total_s=prepared_s + stream.ended_s - stream.started_s,
         steps=stats.steps,
         drafted=stats.drafted,
         accepted=stats.accepted,
@@ -200,9 +208,10 @@ def make_result(
         notes=[
             *info.notes,
             *prompt.notes,
+            *notes,
             *(f"{part.tokens} tokens in the middle are no longer in the context, which was full" for part in evicted),
         ],
-        dropped=(*prompt.dropped, *evicted),
+        dropped=dropped,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edge_spec.backends.alignment import AlignableLM
 from edge_spec.backends.base import CausalLM
+from edge_spec.backends.kv_scales import KvScales
 from edge_spec.cache_file import CacheFile
 from edge_spec.chat_template import ChatTemplate
 from edge_spec.checkpoint import is_checkpoint, open_checkpoint
@@ -22,7 +23,7 @@ from edge_spec.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
-from edge_spec.export.exporter import Export, ensure_export, open_export
+from edge_spec.export.exporter import Export, ensure_export, export_key, open_export
 from edge_spec.export.folder import is_export, read_description
 from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
 from edge_spec.formats.gguf import GGUFFile
@@ -32,6 +33,9 @@ from edge_spec.tokenizer import Tokenizer
 DEFAULT_N_CTX = 4096
 
 BACKENDS = ("onnx", "openvino", "llama")
+
+KV_TYPES = {"onnx": ("f32", "q8"), "openvino": ("f32", "f16", "u8"), "llama": ("f16", "q8_0", "q4_0", "f32")}
+"""What keys and values can be stored as, by backend; the first is what they are unless told otherwise."""
 
 _DISTRIBUTIONS = {"onnx": "onnxruntime", "openvino": "openvino", "llama": "llama-cpp-python"}
 """Whose version a backend's speed and kernels depend on."""
@@ -119,11 +123,13 @@ def _read(name: str, path: Path, sha256: str, export: Export | GraphExport | Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
-    """Loads sources. `backend` is one of BACKENDS; `recipe` None follows the source."""
+    """Loads sources. `backend` is one of BACKENDS, `kv` one of its KV_TYPES or None for its own; `recipe` None follows
+    the source."""
 
     store: Store
     backend: str
     threads: int
+    kv: str | None = None
     progress: StageProgress | None = None
 
     def load(self, source: Source, *, n_ctx: int, recipe: Recipe | None, aligned: bool) -> LoadedModel:
@@ -141,6 +147,7 @@ class Loader:
         try:
             export = source.export or self._export(source, recipe)
         except UnsupportedArchitectureError as unknown:
+            check_kv_type(self.kv, "llama")  # there it would run
             try:
                 loaded = self._load_llama(source, n_ctx)
             except BackendUnavailableError as missing:
@@ -166,30 +173,56 @@ class Loader:
         from edge_spec.backends.alignment import align
 
         self._report(f"load {source.name}", 0, 1)
-        model = self._open(export, source.name, n_ctx)
+        model = self._open(source, export, n_ctx)
         notes = []
         if export.requantized:
             notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")
         if aligned:
             cache = CacheFile(self.store.cache_dir / "row_alignment.json")
-            align(model, cache, f"{machine_key(self.backend, self.threads)} | {export.path.name} {source.sha256}")
+            stored = f"{export.path.name} {source.sha256}" + (f" kv {self.kv}" if self.kv else "")
+            align(model, cache, f"{machine_key(self.backend, self.threads)} | {stored}")
         self._report(f"load {source.name}", 1, 1)
         return LoadedModel(model, self.backend, export.recipe.name, tuple(notes))
 
-    def _open(self, export: Export | GraphExport, name: str, n_ctx: int) -> AlignableLM:
+    def _open(self, source: Source, export: Export | GraphExport, n_ctx: int) -> AlignableLM:
         if isinstance(export, GraphExport):
             from edge_spec.backends.past_present import PastPresentModel
 
+            name = source.name
             if self.backend != "onnx":
                 raise UsageError(f"{name} is an export that optimum built the graph of, which the onnx backend runs")
+            if self.kv not in (None, "f32"):
+                raise UsageError(
+                    f"kv={self.kv!r}: {name} is an export that optimum built, with float32 keys and values"
+                )
             return PastPresentModel(export, name=name, n_ctx=n_ctx, threads=self.threads)
         if self.backend == "openvino":
             from edge_spec.backends.openvino import OpenVinoModel
 
-            return OpenVinoModel(export, name=name, n_ctx=n_ctx, threads=self.threads)
+            kv = self.kv or KV_TYPES["openvino"][0]
+            return OpenVinoModel(export, name=source.name, n_ctx=n_ctx, threads=self.threads, kv=kv)
         from edge_spec.backends.onnx import OnnxModel
 
-        return OnnxModel(export, name=name, n_ctx=n_ctx, threads=self.threads)
+        scales = self._kv_scales(source, export) if self.kv == "q8" else None
+        return OnnxModel(export, name=source.name, n_ctx=n_ctx, threads=self.threads, kv_scales=scales)
+
+    def _kv_scales(self, source: Source, export: Export) -> KvScales:
+        """The scales of an 8-bit cache: as they were kept, else measured now on a text of ours."""
+        from edge_spec.backends import kv_scales
+        from edge_spec.backends.onnx import OnnxModel
+
+        path = self.store.cache_dir / "kv_scales" / f"{source.sha256[:16]}-{export_key(export.recipe)}.npy"
+        if (kept := kv_scales.read_scales(path, export.config)) is not None:
+            return kept
+        message = {"role": "user", "content": kv_scales.CALIBRATION_TEXT}
+        tokens = source.template.render_ids([message], source.tokenizer)[: source.n_ctx_train]
+        model = OnnxModel(export, name=source.name, n_ctx=len(tokens), threads=self.threads)
+        try:
+            scales = kv_scales.measure_scales(model, tokens)
+        finally:
+            model.close()
+        kv_scales.write_scales(path, scales)
+        return scales
 
     def _load_llama(self, source: Source, n_ctx: int) -> LoadedModel:
         from edge_spec.backends import llama
@@ -197,7 +230,8 @@ class Loader:
         if source.export is not None:
             raise UsageError(f"{source.name} is an export; the llama backend runs GGUF files")
         self._report(f"load {source.name}", 0, 1)
-        model = llama.load(source.gguf, name=source.name, n_ctx=n_ctx, threads=self.threads)
+        kv = self.kv or KV_TYPES["llama"][0]
+        model = llama.load(source.gguf, name=source.name, n_ctx=n_ctx, threads=self.threads, kv=kv)
         self._report(f"load {source.name}", 1, 1)
         return LoadedModel(model, "llama", _file_type(source.gguf), ())
 
@@ -218,6 +252,12 @@ def chosen_recipe(name: str | None, backend: str, source: Source) -> Recipe | No
     if source.export is not None and source.export.recipe != recipe:
         raise UsageError(f"{source.name} was exported with the recipe {source.export.recipe.name}, not {name}")
     return recipe
+
+
+def check_kv_type(name: str | None, backend: str) -> None:
+    """UsageError unless a backend can store keys and values as `name` (None: as it does of itself)."""
+    if name is not None and name not in KV_TYPES[backend]:
+        raise UsageError(f"kv={name!r}: the {backend} backend stores keys and values as {', '.join(KV_TYPES[backend])}")
 
 
 def draft_recipe(source: Source) -> Recipe | None:

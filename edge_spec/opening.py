@@ -17,6 +17,7 @@ from edge_spec.loading import (
     Loader,
     Source,
     StageProgress,
+    check_kv_type,
     choose_n_ctx,
     chosen_draft_backend,
     chosen_recipe,
@@ -52,12 +53,14 @@ class LoadOptions:
     recipe: str | None = None
     pad_rows: bool = True
     history: bool = False
+    kv: str | None = None
 
     def check(self) -> None:
         """Raise UsageError for what can be refused before any file is opened."""
         check_choice("backend", self.backend, BACKENDS)
         check_choice("draft_backend", self.draft_backend or self.backend, BACKENDS)
         check_choice("drafter", self.drafter, DRAFTERS)
+        check_kv_type(self.kv, self.backend)
         if self.pair is not None and self.target is not None:
             raise UsageError("a pair names its target: give a pair or a target, not both")
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
@@ -84,8 +87,16 @@ class LoadRequest:
     recipe: Recipe | None
     """How the target's weights are stored; None follows the source."""
     pad_rows: bool
+    kv: str | None
+    """What keys and values are stored as, the draft's too where it runs on the same backend; None is the backend's own
+    type."""
     chat_sampling: SamplingParams
     chat_system: str | None
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the target's passes are to be padded."""
+        return self.pad_rows and self.backend != "llama"
 
     @property
     def draft_n_ctx(self) -> int:
@@ -127,6 +138,7 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
         n_ctx=choose_n_ctx(source, options.n_ctx),
         recipe=chosen_recipe(options.recipe, options.backend, source),
         pad_rows=options.pad_rows,
+        kv=options.kv,
         chat_sampling=known.sampling if known else SamplingParams(),
         chat_system=known.system if known else None,
     )
@@ -143,13 +155,14 @@ def _recommended_threads(store: Store, backend: str) -> int | None:
 
 def open_models(request: LoadRequest, store: Store, progress: StageProgress | None = None) -> OpenedModels:
     """Load the target, then the draft; a failure leaves nothing open. Raises what `Engine.load` raises."""
-    loader = Loader(store=store, backend=request.backend, threads=request.threads, progress=progress)
+    loader = Loader(store=store, backend=request.backend, threads=request.threads, kv=request.kv, progress=progress)
     with ExitStack() as opened:
         target = loader.load(request.source, n_ctx=request.n_ctx, recipe=request.recipe, aligned=request.pad_rows)
         opened.callback(target.model.close)
         draft = None
         if request.draft_source is not None:
-            draft = replace(loader, backend=request.draft_backend).load(
+            kv = request.kv if request.draft_backend == request.backend else None
+            draft = replace(loader, backend=request.draft_backend, kv=kv).load(
                 request.draft_source,
                 n_ctx=request.draft_n_ctx,
                 recipe=draft_recipe(request.draft_source),

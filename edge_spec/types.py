@@ -225,6 +225,17 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
+class Condensing:
+    """What became of a text before it was made a prompt."""
+
+    dropped: Dropped
+    archive: tuple[int, ...]
+    """The text as it was, as ids."""
+    seconds: float
+    """What that took; a part of the time to the first token."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The ids that are read before the first token is written, and what became of those that are not among them."""
 
@@ -238,6 +249,13 @@ class Prompt:
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
     """What the user should know of it."""
+    condensing: Condensing | None = None
+    """How the newest message was condensed; None where it is as it was given."""
+
+    @property
+    def all_archive(self) -> tuple[int, ...]:
+        """All that may be copied from though it is not read."""
+        return (*self.archive, *(self.condensing.archive if self.condensing else ()))
 
 
 @dataclass(frozen=True, slots=True)

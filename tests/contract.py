@@ -483,6 +483,8 @@ class ShallowContract:
     """
 
     atol: ClassVar[float] = 0.02
+    alike: ClassVar[float] = 0.9999
+    """Least correlation of the logits. Keys that are not turned move some by 1 and more."""
 
     @pytest.fixture
     def make_model(self) -> MakeModel:
@@ -508,8 +510,7 @@ class ShallowContract:
         model.rollback(0)
         expected = model.decode(left + more, rows=4).logits
         np.testing.assert_allclose(logits, expected, rtol=0, atol=self.atol)
-        assert expected.std() > 10 * self.atol
-        assert np.array_equal(logits.argmax(-1), expected.argmax(-1))
+        assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > self.alike
 
 
 def draw(model: CausalLM, count: int, *, seed: int = 0) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,9 +97,17 @@ class TestWithLibrary:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"n_ctx": 0}, {"n_ctx": 513}, {"threads": 0}, {"max_rows": 0}, {"n_batch": 0}, {"max_rows": 9, "n_batch": 8}],
+        [
+            {"n_ctx": 0},
+            {"n_ctx": 513},
+            {"threads": 0},
+            {"max_rows": 0},
+            {"n_batch": 0},
+            {"max_rows": 9, "n_batch": 8},
+            {"kv": "q8"},
+        ],
     )
-    def test_arguments_out_of_range_are_refused(self, path: Path, wrong: dict[str, int]) -> None:
+    def test_arguments_out_of_range_are_refused(self, path: Path, wrong: dict[str, Any]) -> None:
         with pytest.raises(UsageError, match=next(iter(wrong))):
             llama.load(path, name="any", **wrong)
 

@@ -13,7 +13,7 @@ SHAPE = (64, 2, 32, 16)  # a block of 4,096 bytes
 
 
 def filled(blocks: int) -> BlockCache:
-    cache = BlockCache(2, SHAPE)
+    cache = BlockCache([SHAPE, SHAPE], np.float32)
     cache.use(blocks)
     for array in cache.arrays:
         array[:blocks] = 1

@@ -49,6 +49,7 @@ def test_chat_defaults_come_from_the_pair_and_the_user_overrides_them(monkeypatc
     run("chat", "--temperature", "0.2", "--seed", "3", "-n", "9", "--stop", "END", stdin="x")
     assert engine.options == [
         {
+            "keep": None,
             "max_tokens": 9,
             "stop": ("END",),
             "reference": (),
@@ -81,6 +82,7 @@ def test_load_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         "n_ctx": 512,
         "pad_rows": False,
         "history": False,
+        "kv": None,
     }
 
 

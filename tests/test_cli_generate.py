@@ -104,12 +104,14 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
         "n_ctx": None,
         "pad_rows": True,
         "history": False,
+        "kv": None,
     }
     assert engine.options == [
         {
             "system": None,
             "raw": False,
             "on_full": "error",
+            "keep": None,
             "max_tokens": None,
             "sampling": SamplingParams(),
             "stop": (),
@@ -138,12 +140,12 @@ def test_the_scripted_engine_is_called_as_the_real_one_is() -> None:
 
 def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
     load = "--target t.gguf --draft d.gguf --backend llama --drafter model --draft-tokens 5 --recipe exact --threads 3"
-    text = "--system Brief -n 7 --stop A --stop B --on-full sinks"
+    text = "--system Brief -n 7 --stop A --stop B --on-full sinks --keep 0.5"
     sampling = (
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
         "--frequency-penalty 0.3 --seed 9"
     )
-    load += " --draft-backend onnx --ctx 99 --no-pad --history"
+    load += " --draft-backend onnx --ctx 99 --no-pad --history --kv q8_0"
     transcript = run("generate", "x", *f"{load} {text} {sampling}".split())
     assert transcript.code == 0
     assert engine.loaded_with == {
@@ -159,12 +161,14 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "n_ctx": 99,
         "pad_rows": False,
         "history": True,
+        "kv": "q8_0",
     }
     assert engine.options == [
         {
             "system": "Brief",
             "raw": False,
             "on_full": "sinks",
+            "keep": 0.5,
             "max_tokens": 7,
             "stop": ("A", "B"),
             "reference": (),

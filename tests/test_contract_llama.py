@@ -78,6 +78,14 @@ class TestTinyMistral3(LlamaContract):
         return lambda n_ctx: llama.load(path, name="tiny", n_ctx=n_ctx, threads=1)
 
 
+class TestTinyWithOtherCaches(LlamaContract):
+    atol = 1.5  # a last bit tips the rounding of a whole block, and sums of a few blocks are all that there is
+
+    @pytest.fixture(params=["f32", "q8_0"])
+    def make_model(self, request: pytest.FixtureRequest, qwen2_path: Path) -> MakeModel:
+        return lambda n_ctx: llama.load(qwen2_path, name="tiny", n_ctx=n_ctx, threads=1, kv=request.param)
+
+
 class TestTinyInManyPasses(LlamaContract):
     """Long inputs, split so that the last pass holds every row that is asked for."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from edge_spec.backends.alignment import find_alignment
+from edge_spec.backends.kv_scales import KvScales, measure_scales
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.export import RECIPES, Export, export_model
 from tests.contract import CausalLMContract, EqualRowsContract, MakeModel
@@ -19,6 +21,7 @@ class OnnxModels:
 
     recipe: ClassVar[str] = "int4"
     aligned: ClassVar[bool] = True
+    kv: ClassVar[str] = "f32"
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -34,19 +37,30 @@ class OnnxModels:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def alignment(cls, export: Export) -> int | None:
+    def kv_scales(cls, export: Export) -> KvScales | None:
+        if cls.kv == "f32":
+            return None
+        model = OnnxModel(export, name="tiny", n_ctx=128, threads=1)
+        tokens = np.random.default_rng(7).integers(0, model.spec.n_vocab, 128)
+        scales = measure_scales(model, [int(token) for token in tokens])
+        model.close()
+        return scales
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def alignment(cls, export: Export, kv_scales: KvScales | None) -> int | None:
         if not cls.aligned:
             return None
-        model = OnnxModel(export, name="tiny", n_ctx=64, threads=1)
+        model = OnnxModel(export, name="tiny", n_ctx=64, threads=1, kv_scales=kv_scales)
         found = find_alignment(model)
         model.close()
         assert found is not None, "no padding makes rows independent of the pass on this processor"
         return found
 
     @pytest.fixture
-    def make_model(self, export: Export, alignment: int | None) -> MakeModel:
+    def make_model(self, export: Export, alignment: int | None, kv_scales: KvScales | None) -> MakeModel:
         def make(n_ctx: int) -> OnnxModel:
-            model = OnnxModel(export, name="tiny", n_ctx=n_ctx, threads=1)
+            model = OnnxModel(export, name="tiny", n_ctx=n_ctx, threads=1, kv_scales=kv_scales)
             model.align_rows(alignment)
             return model
 
@@ -64,6 +78,10 @@ class TestInt4(OnnxContract, EqualRowsContract):
 class TestInt4Unaligned(OnnxContract):
     aligned = False
     atol = 0.2  # an odd pass's last row goes through another kernel, which rounds otherwise
+
+
+class TestQuantizedCache(OnnxContract, EqualRowsContract):
+    kv = "q8"
 
 
 class TestInt8(OnnxContract, EqualRowsContract):

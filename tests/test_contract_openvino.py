@@ -28,6 +28,7 @@ class OpenVinoModels:
 
     recipe: ClassVar[Recipe] = RECIPES["int4"]
     aligned: ClassVar[bool] = True
+    kv: ClassVar[str] = "f32"
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -46,7 +47,7 @@ class OpenVinoModels:
     def alignment(cls, export: Export) -> int | None:
         if not cls.aligned:
             return None
-        model = OpenVinoModel(export, name="tiny", n_ctx=64, threads=1)
+        model = OpenVinoModel(export, name="tiny", n_ctx=64, threads=1, kv=cls.kv)
         found = find_alignment(model)
         model.close()
         assert found is not None, "no padding makes rows independent of the pass on this processor"
@@ -55,7 +56,7 @@ class OpenVinoModels:
     @pytest.fixture
     def make_model(self, export: Export, alignment: int | None) -> MakeModel:
         def make(n_ctx: int) -> OpenVinoModel:
-            model = OpenVinoModel(export, name="tiny", n_ctx=n_ctx, threads=1)
+            model = OpenVinoModel(export, name="tiny", n_ctx=n_ctx, threads=1, kv=self.kv)
             model.align_rows(alignment)
             return model
 
@@ -73,6 +74,18 @@ class TestInt4(OpenVinoContract, EqualRowsContract):
 class TestInt4Unaligned(OpenVinoContract):
     aligned = False
     atol = 0.2  # a pass of one row goes through another kernel, which rounds otherwise
+
+
+class TestHalfPrecisionCache(OpenVinoContract, EqualRowsContract):
+    kv = "f16"
+
+
+class TestByteCache(OpenVinoContract):
+    """Keys of a block share their steps, so that a row depends on what was in the pass, and on what was rejected."""
+
+    kv = "u8"
+    aligned = False
+    atol = 0.5
 
 
 class TestEviction(OpenVinoModels, ShallowContract):

@@ -45,7 +45,8 @@ class SeeingLM(FakeLM):
         del self.rows[start:end]
 
     def _logits_of(self, row: int) -> Logits:
-        logits: Logits = np.random.default_rng([self.seed, row]).standard_normal(self.spec.n_vocab).astype(np.float32)
+        rng = np.random.default_rng([self.seed, row])
+        logits: Logits = rng.standard_normal(self.spec.n_vocab).astype(np.float32)
         return logits
 
 
@@ -57,7 +58,8 @@ def fresh(context: Context, holes: Sequence[Hole]) -> Logits:
         assert model.tokens == stage[:known]
         model.decode(stage[known:], rows=0)
         model.evict(hole.start, hole.end)
-    return model.decode(list(context)[len(model.tokens) :]).logits[0]
+    logits: Logits = model.decode(list(context)[len(model.tokens) :]).logits[0]
+    return logits
 
 
 # The session

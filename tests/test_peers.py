@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import peers
 import pytest
+from peer_bench import llama_cpp_server
 from peer_bench.answer import Answer, Settings
 from peer_bench.memory import Memory, read_memory
 from peer_bench.process import ContenderError, ContenderProcess
@@ -51,6 +53,8 @@ class TestFigures:
         assert ratio.tokens_per_s == pytest.approx(10 / 2)
         assert ratio.median == pytest.approx((2 + 8) / 2)
         assert ratio.geometric_mean == pytest.approx(4)
+        assert ratio.worst == pytest.approx(2)
+        assert ratio.end_to_end == pytest.approx(((2.0 + 1.0) / 2.0 * (8.0 + 1.0) / 4.0) ** 0.5)
         assert ratio.ttft == pytest.approx(2)
         assert (ratio.same_answers, ratio.prompts) == (1, 2)
 
@@ -240,3 +244,39 @@ class TestRun:
         except SystemExit as exc:
             code = int(exc.code or 0)
         assert code == 2
+
+
+SERVER = """#!{python}
+import http.server, json, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+if "-broken" in sys.argv:
+    sys.exit(3)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def reply(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.reply({{"status": "ok"}})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.reply({{"asked": asked, "options": sys.argv[1:]}})
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for the server is a script with a #! line")
+def test_the_server_of_llama_cpp_is_waited_for_and_asked_on_loopback(tmp_path: Path) -> None:
+    program = tmp_path / "server"
+    program.write_text(SERVER.format(python=sys.executable))
+    program.chmod(0o755)
+    url = llama_cpp_server._start(str(program), ["-m", "x.gguf"], threads=2)
+    told = llama_cpp_server._post(f"{url}/completion", {"prompt": [1, 2]})
+    assert told["asked"] == {"prompt": [1, 2]}
+    assert told["options"][:4] == ["-m", "x.gguf", "-t", "2"]
+    with pytest.raises(RuntimeError, match=r"exit code 3"):
+        llama_cpp_server._start(str(program), ["-broken"], threads=1)

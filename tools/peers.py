@@ -6,6 +6,11 @@ Every contender is a process of its own that keeps its models loaded. They answe
 then B C A, ...), so that a machine that slows down slows all of them; only one works at a time, the others wait on a
 pipe. Every prompt is read from an empty cache, under the same chat template, greedily.
 
+The llama-server contenders run llama.cpp's own server, which llama-cpp-python's source package builds:
+
+    cmake -S vendor/llama.cpp -B build -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF
+    cmake --build build --target llama-server
+
 Decode tokens/s is (generated - 1) / (time from the first token to the last). The first contender is the one that the
 others are compared with.
 """
@@ -23,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_bench.answer import Answer, Settings
-from peer_bench.contenders import CONTENDERS
+from peer_bench.contenders import CONTENDERS, DEFAULT
 from peer_bench.process import ContenderError, ContenderProcess
 from peer_bench.prompts import Prompt, read_workload
 from peer_bench.report import as_json, as_text
@@ -40,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as exc:
         print(f"peers: {exc}", file=sys.stderr)
         return 2
-    settings = Settings(pair=options.pair, threads=options.threads, n_ctx=options.ctx)
+    settings = Settings(
+        pair=options.pair, threads=options.threads, n_ctx=options.ctx, llama_server=options.llama_server
+    )
     try:
         with ExitStack() as stack:
             processes = []
@@ -106,9 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contenders",
         type=_contenders,
-        default=list(CONTENDERS),
-        help=f"comma-separated, the reference first; of: {', '.join(CONTENDERS)} (default all)",
+        default=list(DEFAULT),
+        help=f"comma-separated, the reference first; of: {', '.join(CONTENDERS)} (default: {', '.join(DEFAULT)})",
     )
+    parser.add_argument("--llama-server", metavar="PROGRAM", help="llama.cpp's server, for the llama-server contenders")
     parser.add_argument("--json", action="store_true", help="one object on standard output, every answer included")
     return parser
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from edge_spec.backends._pages import private_pages
 
@@ -13,18 +17,22 @@ GIVE_BACK = 8
 
 
 class BlockCache:
-    """`n_tensors` float32 arrays of `shape` [blocks, ...], each in pages of its own.
+    """Arrays of `shapes` [blocks, ...], as many blocks each, in pages of their own.
 
     The arrays (`arrays`, writable) stay valid as long as they are held. Pages stay the system's until something is
     written to them, and blocks are used from the first on: memory follows the longest sequence since the last large
     `forget`.
     """
 
-    def __init__(self, n_tensors: int, shape: tuple[int, ...]) -> None:
-        self._block_bytes = int(np.prod(shape[1:])) * 4
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> None:
+        kind = np.dtype(dtype)
         self._used = 0
-        self._maps = [private_pages(shape[0] * self._block_bytes) for _ in range(n_tensors)]
-        self.arrays = [np.frombuffer(pages, np.float32).reshape(shape) for pages in self._maps]
+        self._block_bytes = [math.prod(shape[1:]) * kind.itemsize for shape in shapes]
+        sizes = [shape[0] * n_bytes for shape, n_bytes in zip(shapes, self._block_bytes, strict=True)]
+        self._maps = [private_pages(size) for size in sizes]
+        self.arrays: list[NDArray[Any]] = [
+            np.frombuffer(pages, kind).reshape(shape) for pages, shape in zip(self._maps, shapes, strict=True)
+        ]
 
     def take(self, other: BlockCache, blocks: int) -> None:
         """Copy the first `blocks` blocks of another cache, which is emptied tensor by tensor."""
@@ -42,9 +50,9 @@ class BlockCache:
         """Keep the first `kept` blocks; the system gets the others' memory, if they are many."""
         if self._used - kept < GIVE_BACK or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        start = -(-kept * self._block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = self._used * self._block_bytes - start
-        if length > 0:
-            for pages in self._maps:
+        for pages, n_bytes in zip(self._maps, self._block_bytes, strict=True):
+            start = -(-kept * n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = self._used * n_bytes - start
+            if length > 0:
                 pages.madvise(mmap.MADV_DONTNEED, start, length)
         self._used = kept

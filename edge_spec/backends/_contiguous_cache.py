@@ -10,19 +10,22 @@ from numpy.typing import NDArray
 
 from edge_spec.backends._pages import paged_array
 from edge_spec.backends._rotation import turn_keys
+from edge_spec.backends.kv_scales import LEVELS, KvScales
 from edge_spec.export.architecture import DecoderConfig
 
 
 class ContiguousCache:
-    """Keys and values of each layer, float32 [1, n_kv_head, capacity, head_dim], keys with their rotary embedding.
+    """Keys and values of each layer, [1, n_kv_head, capacity, head_dim], keys with their rotary embedding.
 
-    `n_ctx` decides the rotary embedding where that depends on the window; `capacity` tokens have room.
+    They are float32, or int8 where there are `scales` of a step. `n_ctx` decides the rotary embedding where that
+    depends on the window; `capacity` tokens have room.
     """
 
-    def __init__(self, config: DecoderConfig, n_ctx: int, capacity: int) -> None:
+    def __init__(self, config: DecoderConfig, n_ctx: int, capacity: int, scales: KvScales | None = None) -> None:
         self._config = config
         self._n_ctx = n_ctx
         self._capacity = capacity
+        self._scales = scales
         pairs = [self._allocate(capacity) for _ in range(config.n_layer)]
         self.keys, self.values = [key for key, _ in pairs], [value for _, value in pairs]
 
@@ -38,7 +41,7 @@ class ContiguousCache:
         for layer in range(self._config.n_layer):
             angles = (start - end) * self._config.rope_frequencies(layer, self._n_ctx)
             keys, values = self.keys[layer], self.values[layer]
-            keys[:, :, target] = turn_keys(self._config, keys[:, :, source], angles)
+            keys[:, :, target] = self._turn(layer, keys[:, :, source], angles)
             values[:, :, target] = values[:, :, source].copy()
 
     def resize(self, n_ctx: int, capacity: int, length: int) -> None:
@@ -53,11 +56,21 @@ class ContiguousCache:
             old, new = (self._config.rope_frequencies(layer, window) for window in (self._n_ctx, n_ctx))
             kept = self.keys[layer][:, :, :length]
             unturned = np.array_equal(old, new)
-            key[:, :, :length] = kept if unturned else turn_keys(self._config, kept, positions * (new - old))
+            key[:, :, :length] = kept if unturned else self._turn(layer, kept, positions * (new - old))
             value[:, :, :length] = self.values[layer][:, :, :length]
             self.keys[layer], self.values[layer] = key, value
         self._n_ctx, self._capacity = n_ctx, capacity
 
     def _allocate(self, capacity: int) -> tuple[NDArray[Any], NDArray[Any]]:
         shape = (1, self._config.n_kv_head, capacity, self._config.head_dim)
-        return paged_array(shape, np.float32), paged_array(shape, np.float32)
+        kind = np.float32 if self._scales is None else np.int8
+        return paged_array(shape, kind), paged_array(shape, kind)
+
+    def _turn(self, layer: int, keys: NDArray[Any], angles: NDArray[np.float64]) -> NDArray[Any]:
+        """Keys [1, n_kv_head, n, head_dim] turned by `angles`; steps are rounded anew."""
+        if self._scales is None:
+            return turn_keys(self._config, keys, angles)
+        step = self._scales[0, layer].reshape(1, self._config.n_kv_head, 1, self._config.head_dim)
+        turned = turn_keys(self._config, keys * step, angles)
+        stepped: NDArray[np.int8] = np.clip(np.rint(turned / step), -LEVELS, LEVELS).astype(np.int8)
+        return stepped

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from edge_spec.backends._block_cache import BlockCache
 from edge_spec.backends._rotation import turn_keys
@@ -16,14 +16,23 @@ BLOCK = 32
 """Tokens in a block; the plugin's own figure, which its attention insists on."""
 
 
+KV_TYPES: dict[str, DTypeLike] = {"f32": np.float32, "f16": np.float16, "u8": np.uint8}
+"""What keys and values can be stored as."""
+
+_SCALES = 8
+"""Bytes of a scale and a zero point, float32. With u8 each dimension of the keys in a block has them, behind the
+block's tokens, and so has each token's value, behind it. Source: the plugin's executor_pa.cpp."""
+
+
 class PagedCache:
-    """Keys and values of each layer, float32 [blocks, n_kv_head, 32, head_dim], for `capacity` tokens.
+    """Keys and values of each layer, [blocks, n_kv_head, 32, head_dim] of a type in KV_TYPES, for `capacity` tokens.
 
     A sequence's blocks follow each other from the first on. Memory follows what is cached.
     """
 
-    def __init__(self, config: DecoderConfig, capacity: int) -> None:
+    def __init__(self, config: DecoderConfig, capacity: int, kv: str) -> None:
         self._config = config
+        self._kv = kv
         self._blocks = self._allocate(capacity)
 
     def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -41,14 +50,17 @@ class PagedCache:
         self._blocks.forget(blocks_of(length))
 
     def evict(self, start: int, end: int, length: int) -> None:
-        """Drop tokens [start, end) of `length`; those behind move down, and their keys turn back by as much."""
+        """Drop tokens [start, end) of `length`; those behind move down, and their keys turn back by as much.
+
+        Not for u8: a token's keys cannot be written there without those beside them in its block.
+        """
         source, target = np.arange(end, length), np.arange(start, start + length - end)
         for index, array in enumerate(self._blocks.arrays):
             moved = array[source // BLOCK, :, source % BLOCK]
             if index % 2 == 0:
                 # The graph knows no rotary embedding that depends on the window.
-                frequencies = self._config.rope_frequencies(index // 2, 0)
-                moved = turn_keys(self._config, moved, (start - end) * frequencies)
+                angles = (start - end) * self._config.rope_frequencies(index // 2, 0)
+                moved = turn_keys(self._config, moved.astype(np.float32), angles)
             array[target // BLOCK, :, target % BLOCK] = moved
 
     def resize(self, capacity: int, length: int) -> None:
@@ -59,8 +71,17 @@ class PagedCache:
 
     def _allocate(self, capacity: int) -> BlockCache:
         config = self._config
-        shape = (blocks_of(capacity), config.n_kv_head, BLOCK, config.head_dim)
-        return BlockCache(2 * config.n_layer, shape)
+        more = _SCALES if self._kv == "u8" else 0
+        key = (blocks_of(capacity), config.n_kv_head, BLOCK + more, config.head_dim)
+        value = (blocks_of(capacity), config.n_kv_head, BLOCK, config.head_dim + more)
+        return BlockCache([key, value] * config.n_layer, KV_TYPES[self._kv])
+
+
+def token_bytes(config: DecoderConfig, kv: str) -> int:
+    """Bytes that a token takes in all layers."""
+    size, more = np.dtype(KV_TYPES[kv]).itemsize, _SCALES if kv == "u8" else 0
+    heads = config.n_layer * config.n_kv_head
+    return heads * (config.head_dim * (BLOCK + more) * size // BLOCK + (config.head_dim + more) * size)
 
 
 def blocks_of(length: int) -> int:

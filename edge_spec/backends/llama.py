@@ -29,12 +29,14 @@ from edge_spec.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
+from edge_spec.formats.ggml import GGMLType
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 _DEFAULT_N_CTX = 4096
 _SEQUENCE = 0  # the only sequence in the cache
-_F16_BYTES = 2  # an element of llama.cpp's KV cache, by default
+KV_TYPES = {name: GGMLType[name.upper()] for name in ("f16", "q8_0", "q4_0", "f32")}
+"""What keys and values can be stored as."""
 
 
 def load(
@@ -45,11 +47,13 @@ def load(
     threads: int | None = None,
     max_rows: int = 16,
     n_batch: int = 512,
+    kv: str = "f16",
 ) -> LlamaModel:
     """Load a GGUF file with a cache of `n_ctx` tokens (default: 4,096, or the model's own limit if smaller).
 
     `threads` defaults to the physical cores, `max_rows` is the most rows of logits a decode can return, and longer
-    inputs are read in passes of `n_batch` tokens. The weights are mapped, the cache is f16.
+    inputs are read in passes of `n_batch` tokens. The weights are mapped. `kv` is one of KV_TYPES: what keys and values
+    are stored as.
 
     Raises BackendUnavailableError (no library), ModelNotFoundError, ModelFormatError, UnsupportedArchitectureError,
     UsageError (a value out of range), or BackendError (llama.cpp cannot make a context: memory, as a rule).
@@ -59,21 +63,29 @@ def load(
             raise UsageError(f"{label}={value} must be at least 1")
     if max_rows > n_batch:
         raise UsageError(f"max_rows={max_rows} must not exceed n_batch={n_batch}")
+    if kv not in KV_TYPES:
+        raise UsageError(f"kv={kv!r}: the llama backend stores keys and values as {', '.join(KV_TYPES)}")
     library = import_library()
     with GGUFFile(path) as file:
         shape, turns = CacheShape.read(file), _turns_keys(file)
+    if any(width % KV_TYPES[kv].block_size for width in (shape.key_dim, shape.value_dim)):
+        raise UsageError(f"kv={kv!r}: {name} has heads of {shape.key_dim} values, which are no whole blocks; use f16")
     model = load_model(library, path)
     try:
         n_ctx = _choose_n_ctx(library, model, n_ctx, name)
         _require_plain_decoder(library, model, name)
         params = _context_params(
-            library, threads=check_threads(threads), max_rows=max_rows, n_batch=max(max_rows, min(n_batch, n_ctx))
+            library,
+            threads=check_threads(threads),
+            max_rows=max_rows,
+            n_batch=max(max_rows, min(n_batch, n_ctx)),
+            kv=kv,
         )
         context = _make_context(library, model, params, n_ctx)
     except BaseException:
         library.llama_model_free(model)
         raise
-    spec = _describe(library, model, context, shape, turns, name=name, n_ctx=n_ctx, max_rows=max_rows)
+    spec = _describe(library, model, context, shape, turns, name=name, n_ctx=n_ctx, max_rows=max_rows, kv=kv)
     return LlamaModel(library, model, context, params, spec)
 
 
@@ -324,11 +336,14 @@ def _require_plain_decoder(library: Any, model: Any, name: str) -> None:
         raise UnsupportedArchitectureError(f"{name} is not a causal language model (an encoder, or a diffusion model)")
 
 
-def _context_params(library: Any, *, threads: int, max_rows: int, n_batch: int) -> Any:
+def _context_params(library: Any, *, threads: int, max_rows: int, n_batch: int, kv: str) -> Any:
     params = library.llama_context_default_params()
     params.n_batch = params.n_ubatch = n_batch
     params.n_threads = params.n_threads_batch = threads
     params.n_seq_max = 1
+    params.type_k = params.type_v = KV_TYPES[kv].value
+    if KV_TYPES[kv].block_size > 1:
+        params.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED  # the other attention takes no such values
     params.swa_full = True  # a window cut short could not be rolled back
     # More outputs than announced abort the process, and by default logits for a whole batch are reserved.
     params.n_outputs_max = params.n_outputs_max_per_seq = max_rows
@@ -354,6 +369,7 @@ def _describe(
     name: str,
     n_ctx: int,
     max_rows: int,
+    kv: str,
 ) -> ModelSpec:
     keeps_tokens = not (
         library.llama_model_is_recurrent(model)
@@ -371,10 +387,10 @@ def _describe(
         n_kv_heads=max(shape.kv_heads),
         head_dim=shape.key_dim,
         weight_bytes=int(library.llama_model_size(model)),
-        kv_bytes_per_token=shape.elements_per_token * _F16_BYTES,
+        kv_bytes_per_token=shape.elements_per_token // KV_TYPES[kv].block_size * KV_TYPES[kv].type_size,
         max_rows=max_rows,
         row_alignment=None,  # llama.cpp picks its kernels by the number of rows, and their sums differ
-        kv_type="f16",
+        kv_type=kv,
         can_evict=turns and keeps_tokens and bool(library.llama_memory_can_shift(library.llama_get_memory(context))),
         can_resize=True,
     )

@@ -7,7 +7,7 @@ rows keeps a row's logits the same bits whatever was decoded beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
 from edge_spec.backends._contiguous_cache import ContiguousCache
 from edge_spec.backends._onnx_session import session_options, translated
+from edge_spec.backends._quantized_graph import quantized_graph
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends.kv_scales import KvScales
 from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import ContextLengthError, ModelFormatError, UsageError
@@ -32,15 +34,26 @@ class OnnxModel:
     """An export on ONNX Runtime; implements `backends.base.CausalLM`.
 
     `threads` run one operator at a time. Passes are not padded until `align_rows` says so: a pass then costs what its
-    rows cost, and equal bits are not promised.
+    rows cost, and equal bits are not promised. With `kv_scales` (`edge_spec.backends.kv_scales` measures them) keys and
+    values are stored in 8 bits, else as float32.
     """
 
-    def __init__(self, export: Export, *, name: str, n_ctx: int, threads: int, max_rows: int = 16) -> None:
+    def __init__(
+        self,
+        export: Export,
+        *,
+        name: str,
+        n_ctx: int,
+        threads: int,
+        max_rows: int = 16,
+        kv_scales: KvScales | None = None,
+    ) -> None:
         import onnxruntime as ort
 
         config = export.config
         check_exact(config, name, n_ctx)
         self._padding = 1
+        kv_size = 4 if kv_scales is None else 1
         max_rows = round_up(max_rows, MAX_ALIGNMENT)
         self._spec = ModelSpec(
             name=name,
@@ -52,21 +65,22 @@ class OnnxModel:
             n_kv_heads=config.n_kv_head,
             head_dim=config.head_dim,
             weight_bytes=export.weight_bytes,
-            kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
+            kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * kv_size,
             max_rows=max_rows,
             row_alignment=None,
+            kv_type="f32" if kv_scales is None else "q8",
             can_evict=True,
             can_resize=True,
         )
-        self._config = config
+        self.config = config
         self._length = 0
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
         with translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
-                str(export.model_file),
-                session_options(ort, threads),
+                str(export.model_file) if kv_scales is None else quantized_graph(export),
+                session_options(ort, threads, weights_folder=export.path),
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,  # it would print to standard output and try the same again
             )
@@ -76,8 +90,11 @@ class OnnxModel:
             self._logits: Logits = (
                 np.empty((max_rows, config.n_vocab), np.float32) if self._head is None else self._head.logits
             )
+            self._bound_rows = 0
             self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
-            self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx))
+            self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx), kv_scales)
+            if kv_scales is not None:
+                self._bind_scales(kv_scales)
             self._bind_cache()
 
     @property
@@ -102,13 +119,12 @@ class OnnxModel:
         total = self._length + padded
         wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
         wanted[:rows] = np.arange(n - rows, n)
-        self._bind("embeddings", self._embed(tokens, padded))
-        self._bind("rows", wanted)
-        self._bind("seqlens_k", np.array([total - 1], np.int32))
-        self._bind("total_sequence_length", np.array(total, np.int32))
-        self._bind_output("logits", (1, len(wanted), self._logits.shape[1]), self._logits)
-        if self._head is not None:
-            self._bind_output("hidden", (1, len(wanted), self._head.hidden.shape[1]), self._head.hidden)
+        self._feed("embeddings", self._embed(tokens, padded))
+        self._feed("rows", wanted)
+        self._feed("seqlens_k", np.array([total - 1], np.int32))
+        self._feed("total_sequence_length", np.array(total, np.int32))
+        if len(wanted) != self._bound_rows:
+            self._bind_rows(len(wanted))
         with translated(f"decoding {n} tokens"):
             self._session.run_with_iobinding(self._binding, self._run_options)
         self._length += n
@@ -135,11 +151,16 @@ class OnnxModel:
         """See `CausalLM.resize`; a smaller cache is never held beside the larger one."""
         self._require_open()
         check_resized(self._spec, self._length, n_ctx)
-        check_exact(self._config, self._spec.name, n_ctx)
+        check_exact(self.config, self._spec.name, n_ctx)
         with translated(f"a cache of {n_ctx} tokens"):
             self._cache.resize(n_ctx, _capacity(n_ctx), self._length)
             self._spec = replace(self._spec, n_ctx=n_ctx)
             self._bind_cache()
+
+    def cached_layers(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Keys and values of each layer as they are stored, [n_kv_head, length, head_dim]; views."""
+        for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
+            yield keys[0, :, : self._length], values[0, :, : self._length]
 
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
@@ -179,18 +200,38 @@ class OnnxModel:
     def _bind_cache(self) -> None:
         """Bind the rotary tables and, each both as past and as present, the cache."""
         n_ctx = self._spec.n_ctx
-        for name, table in self._config.rope_inputs(_capacity(n_ctx), n_ctx).items():
+        for name, table in self.config.rope_inputs(_capacity(n_ctx), n_ctx).items():
             self._bind(name, table)
         for name, cache in self._cache.arrays():
             self._bind(f"past_{name}", cache)
             self._bind_output(name, cache.shape, cache)
 
+    def _bind_scales(self, scales: KvScales) -> None:
+        for layer in range(self._spec.n_layer):
+            for kind, rows in zip(("key", "value"), scales, strict=True):
+                self._bind(f"{kind}_scale.{layer}", rows[layer])
+
+    def _bind_rows(self, n_rows: int) -> None:
+        """Bind what the head writes, for `n_rows` rows."""
+        self._bind_output("logits", (1, n_rows, self._logits.shape[1]), self._logits)
+        if self._head is not None:
+            self._bind_output("hidden", (1, n_rows, self._head.hidden.shape[1]), self._head.hidden)
+        self._bound_rows = n_rows
+
+    def _feed(self, name: str, array: NDArray[Any]) -> None:
+        """Give a pass its input: into the array that is bound already where that has the same shape."""
+        held = self._held.get(name)
+        if held is not None and held.shape == array.shape:
+            held[...] = array
+        else:
+            self._bind(name, array)
+
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._held[name] = array
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def _bind_output(self, name: str, shape: tuple[int, ...], array: NDArray[np.float32]) -> None:
-        self._binding.bind_output(name, "cpu", 0, np.float32, shape, array.ctypes.data)
+    def _bind_output(self, name: str, shape: tuple[int, ...], array: NDArray[Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
 
 
 def _capacity(n_ctx: int) -> int:

@@ -20,7 +20,7 @@ from edge_spec.backends._cache_limits import check_evicted, check_exact, check_r
 from edge_spec.backends._onnx_session import MEMORY_REMEDY
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
 from edge_spec.backends._openvino_limits import check_expressible
-from edge_spec.backends._paged_cache import PagedCache
+from edge_spec.backends._paged_cache import KV_TYPES, PagedCache, token_bytes
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.backends.onnx import EMBEDDING
 from edge_spec.backends.top_k import top_k
@@ -43,11 +43,16 @@ class OpenVinoModel:
     """An export on OpenVINO; implements `backends.base.CausalLM`.
 
     `threads` run one operator at a time. Passes are not padded until `align_rows` says so: a pass then costs what its
-    rows cost, and equal bits are not promised. Raises UnsupportedArchitectureError for an export that only the onnx
-    backend runs, BackendUnavailableError where OpenVINO is not installed.
+    rows cost, and equal bits are not promised. `kv`, one of KV_TYPES, is what keys and values are stored as. Raises
+    UnsupportedArchitectureError for an export that only the onnx backend runs, BackendUnavailableError where OpenVINO
+    is not installed.
     """
 
-    def __init__(self, export: Export, *, name: str, n_ctx: int, threads: int, max_rows: int = 16) -> None:
+    def __init__(
+        self, export: Export, *, name: str, n_ctx: int, threads: int, max_rows: int = 16, kv: str = "f32"
+    ) -> None:
+        if kv not in KV_TYPES:
+            raise UsageError(f"kv={kv!r}: the openvino backend stores keys and values as {', '.join(KV_TYPES)}")
         config = export.config
         check_expressible(config, name, n_ctx)
         check_exact(config, name, n_ctx)
@@ -64,10 +69,11 @@ class OpenVinoModel:
             n_kv_heads=config.n_kv_head,
             head_dim=config.head_dim,
             weight_bytes=export.weight_bytes,
-            kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
+            kv_bytes_per_token=token_bytes(config, kv),
             max_rows=max_rows,
             row_alignment=None,
-            can_evict=True,
+            kv_type=kv,
+            can_evict=kv != "u8",
             can_resize=True,
         )
         self._config = config
@@ -79,7 +85,7 @@ class OpenVinoModel:
         self._weights: Any = map_weights(export)
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": "f32",
+            "KV_CACHE_PRECISION": kv,
             # Activations are quantised in groups; one larger than a matrix's block takes a far slower kernel.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_smallest_block(weights)),
             "INFERENCE_NUM_THREADS": threads,
@@ -87,7 +93,7 @@ class OpenVinoModel:
             "ENABLE_CPU_PINNING": False,
         }
         with _translated(ov, f"loading {name}"):
-            self._cache: Any = PagedCache(config, _capacity(n_ctx))
+            self._cache: Any = PagedCache(config, _capacity(n_ctx), kv)
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = _core().compile_model(model, "CPU", settings)

@@ -26,6 +26,7 @@ def chat(
     max_tokens: options.MaxTokensOption = None,
     stop: options.StopOption = None,
     on_full: options.OnFullOption = OnFull.TURNS,
+    keep: options.KeepOption = None,
     pair: options.PairOption = None,
     target: options.TargetOption = None,
     draft: options.DraftOption = None,
@@ -39,6 +40,7 @@ def chat(
     reference: options.ReferenceOption = None,
     history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
+    kv: options.KvOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
     top_p: options.TopPOption = None,
@@ -78,6 +80,7 @@ def chat(
             threads=threads,
             ctx=ctx,
             no_pad=no_pad,
+            kv=kv,
             history=history,
         )
     with engine:
@@ -86,6 +89,7 @@ def chat(
             engine,
             system=system,
             on_full=on_full.value,
+            keep=keep,
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stops,

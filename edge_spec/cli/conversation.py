@@ -37,6 +37,7 @@ class Conversation:
         *,
         system: str | None,
         on_full: str,
+        keep: float | None = None,
         max_tokens: int | None,
         sampling: SamplingParams,
         stop: Sequence[str],
@@ -50,6 +51,7 @@ class Conversation:
         """Ctrl-C stopped the last turn."""
         self._info = engine.info
         self._chat = engine.chat(system=system, on_full=on_full)
+        self._keep = keep
         self._max_tokens = max_tokens
         self._sampling = sampling
         self._stop = stop
@@ -109,6 +111,7 @@ class Conversation:
         try:
             stream = self._chat.stream(
                 text,
+                keep=self._keep,
                 max_tokens=self._max_tokens,
                 sampling=self._sampling,
                 stop=self._stop,

@@ -30,6 +30,7 @@ def generate(
     max_tokens: options.MaxTokensOption = None,
     stop: options.StopOption = None,
     on_full: options.OnFullPromptOption = OnFullPrompt.ERROR,
+    keep: options.KeepOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with the text and all figures instead.")
     ] = False,
@@ -46,6 +47,7 @@ def generate(
     reference: options.ReferenceOption = None,
     history: options.HistoryOption = False,
     no_pad: options.NoPadOption = False,
+    kv: options.KvOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
     top_p: options.TopPOption = None,
@@ -91,6 +93,7 @@ def generate(
         threads=threads,
         ctx=ctx,
         no_pad=no_pad,
+        kv=kv,
         history=history,
     )
     with engine:
@@ -100,6 +103,7 @@ def generate(
                 system=system,
                 raw=raw,
                 on_full=on_full.value,
+                keep=keep,
                 max_tokens=max_tokens,
                 sampling=sampling,
                 stop=stops,

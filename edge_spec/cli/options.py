@@ -90,6 +90,14 @@ CtxOption = Annotated[
         "--ctx", min=1, help="Window in tokens (default: 4096, or what the model has).", rich_help_panel=_MODEL
     ),
 ]
+KvOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How keys and values are stored, the first unless given: f32 or q8 (onnx), f32, f16 or u8 (openvino), "
+        "f16, q8_0, q4_0 or f32 (llama).",
+        rich_help_panel=_MODEL,
+    ),
+]
 OnFullOption = Annotated[
     OnFull,
     typer.Option(
@@ -104,6 +112,13 @@ OnFullPromptOption = Annotated[
         "--on-full",
         help="What happens when prompt and text outgrow the window: error refuses the prompt or ends the text, "
         "sinks evicts the middle from the cache and goes on.",
+        rich_help_panel=_TEXT,
+    ),
+]
+KeepOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of a prompt to read, in (0, 1): the draft model finds what tells least, and it is left out.",
         rich_help_panel=_TEXT,
     ),
 ]
@@ -249,6 +264,7 @@ def load_engine(
     ctx: int | None,
     no_pad: bool,
     history: bool = False,
+    kv: str | None = None,
 ) -> Engine:
     """`Engine.load` with the command line's options. Raises what that raises, and UsageError for contradictions."""
     if pair is not None and target is not None:
@@ -269,6 +285,7 @@ def load_engine(
             n_ctx=ctx,
             pad_rows=not no_pad,
             history=history,
+            kv=kv,
             on_progress=progress.stage,
         )
 

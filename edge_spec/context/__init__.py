@@ -2,6 +2,7 @@
 
 from edge_spec.context.keeper import Answered, Asking, Keeper
 from edge_spec.context.sinks import SinkKeeper, Sinks, Stretch, read_on, report
+from edge_spec.context.surprisal import Surprisal, draft_score
 from edge_spec.context.transcript import Transcript
 from edge_spec.context.turns import ByTurns, TurnKeeper
 from edge_spec.errors import UsageError
@@ -28,8 +29,10 @@ __all__ = [
     "SinkKeeper",
     "Sinks",
     "Stretch",
+    "Surprisal",
     "Transcript",
     "TurnKeeper",
+    "draft_score",
     "make_keeper",
     "read_on",
     "report",

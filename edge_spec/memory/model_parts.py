@@ -68,9 +68,10 @@ class _Model:
 
     def logits(self, matrices: tuple[StoredMatrix, ...]) -> Component:
         facts, rows = self.facts, head_rows(self.facts, matrices)
-        n_bytes = compute.logits_bytes(facts.n_vocab, self.settings.max_rows)
-        if rows < facts.n_vocab:
-            n_bytes += compute.trimmed_head_bytes(facts, rows, self.settings.max_rows, runtime.REACHED_ROWS)
+        if rows < facts.n_vocab:  # a draft's, of which nobody asks for rows as long as the vocabulary
+            n_bytes = compute.trimmed_head_bytes(facts, rows, self.settings.max_rows, runtime.REACHED_ROWS)
+        else:
+            n_bytes = compute.logits_bytes(facts.n_vocab, self.settings.max_rows)
         return self.part("logits", n_bytes)
 
 

@@ -32,7 +32,8 @@ def process_parts(target: ModelFacts, backends: Sequence[str], settings: Setting
             runtime.PYTHON,
             mapped_bytes=code,
             touched_bytes=code,
-            reserved_bytes=runtime.RESERVED + runtime.RESERVED_PER_THREAD * settings.threads,
+            reserved_bytes=max(runtime.RESERVED[name] for name in libraries)
+            + runtime.RESERVED_PER_THREAD * settings.threads,
         ),
         part("runtime", sum(runtime.LIBRARY[name] for name in libraries)),
         part(

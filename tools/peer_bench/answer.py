@@ -12,6 +12,8 @@ class Settings:
     pair: str
     threads: int
     n_ctx: int
+    llama_server: str | None = None
+    """llama.cpp's own server program, for the contenders that are run by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

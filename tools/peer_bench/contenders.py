@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from peer_bench.answer import Answer, Settings
+from peer_bench.llama_cpp_server import MODES
 
 
 class Contender(Protocol):
@@ -80,9 +81,23 @@ def llama_cpp(settings: Settings) -> Contender:
     return LlamaCppPlain(settings)
 
 
+def llama_server(mode: str) -> Callable[[Settings], Contender]:
+    """llama.cpp's own server in one of its `llama_cpp_server.MODES`."""
+
+    def make(settings: Settings) -> Contender:
+        from peer_bench.llama_cpp_server import LlamaCppServer
+
+        return LlamaCppServer(settings, mode)
+
+    return make
+
+
 CONTENDERS: dict[str, Callable[[Settings], Contender]] = {
     "ours-pair": ours_pair,
     "ours-padded": ours_padded,
     "ours-plain": ours_plain,
     "llama.cpp": llama_cpp,
+    **{f"llama-server-{mode}": llama_server(mode) for mode in MODES},
 }
+DEFAULT = ("ours-pair", "ours-padded", "ours-plain", "llama.cpp")
+"""Those that need no program of another project."""

@@ -26,7 +26,19 @@ class Memory:
 
 
 def read_memory(pid: int) -> Memory:
-    """The memory of process `pid` now, from /proc; all zero if it has ended or there is no /proc."""
+    """The memory of process `pid` and its children now, from /proc; all zero if it has ended or there is no /proc."""
+    family = [_read(member) for member in (pid, *_children(pid))]
+    return Memory(*(sum(getattr(memory, name) for memory in family) for name in _FIELDS.values()))
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _read(pid: int) -> Memory:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

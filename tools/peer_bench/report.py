@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +37,10 @@ class Ratio:
     median: float | None
     """Of the prompts' ratios of decode tokens/s."""
     geometric_mean: float | None
+    worst: float | None
+    """The smallest of the prompts' ratios of decode tokens/s."""
+    end_to_end: float
+    """Geometric mean of the prompts' ratios of tokens/s over the whole request, prompt included."""
     ttft: float
     """Median of the prompts' ratios of the time to first token."""
     same_answers: int
@@ -49,6 +52,10 @@ def tokens_per_s(answer: Answer) -> float | None:
     """Decode rate of one answer; None if it has fewer than two tokens."""
     decoded = len(answer.token_ids) - 1
     return decoded / answer.decode_s if decoded > 0 and answer.decode_s > 0 else None
+
+
+def _whole_rate(answer: Answer) -> float:
+    return len(answer.token_ids) / answer.wall_s
 
 
 def summarise(answers: Answers, prompts: Sequence[Prompt]) -> Figures:
@@ -81,7 +88,9 @@ def compare(ours: Answers, theirs: Answers, prompts: Sequence[Prompt]) -> Ratio:
     return Ratio(
         tokens_per_s=left / right if left is not None and right is not None else None,
         median=statistics.median(speedups) if speedups else None,
-        geometric_mean=math.exp(statistics.fmean(map(math.log, speedups))) if speedups else None,
+        geometric_mean=statistics.geometric_mean(speedups) if speedups else None,
+        worst=min(speedups, default=None),
+        end_to_end=statistics.geometric_mean(_whole_rate(mine) / _whole_rate(other) for mine, other in pairs),
         ttft=statistics.median(mine.ttft_s / other.ttft_s for mine, other in pairs),
         same_answers=sum(mine.token_ids == other.token_ids for mine, other in pairs),
         prompts=len(pairs),
@@ -146,7 +155,7 @@ def as_text(
         lines += _table(head, [_figures_row(name, summarise(answers[name], chosen)) for name in answers])
         others = [name for name in answers if name != reference]
         if others:
-            head = (f"{reference} over", "tok/s", "median", "geo. mean", "ttft", "same answers")
+            head = (f"{reference} over", "tok/s", "median", "geo. mean", "worst", "end to end", "ttft", "same answers")
             rows = [_ratio_row(name, compare(answers[reference], answers[name], chosen)) for name in others]
             lines += ["", *_table(head, rows)]
         lines.append("")
@@ -171,8 +180,8 @@ def _figures_row(name: str, figures: Figures) -> tuple[str, ...]:
 
 
 def _ratio_row(name: str, ratio: Ratio) -> tuple[str, ...]:
-    speeds = (_number(value, 2) for value in (ratio.tokens_per_s, ratio.median, ratio.geometric_mean, ratio.ttft))
-    return (name, *speeds, f"{ratio.same_answers}/{ratio.prompts}")
+    ratios = (ratio.tokens_per_s, ratio.median, ratio.geometric_mean, ratio.worst, ratio.end_to_end, ratio.ttft)
+    return (name, *(_number(value, 2) for value in ratios), f"{ratio.same_answers}/{ratio.prompts}")
 
 
 def _memory_row(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""What ways to export a draft cost, what they are worth, and what each leads to."""

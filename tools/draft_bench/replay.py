@@ -1,0 +1,142 @@
+"""Recorded answers replayed through the real loop and the real planner, on a clock that passes cost their price.
+
+What a draft would guess at each position of an answer is known, so a step needs no model: where the context has left
+the answer (behind a wrong guess) the draft guesses wrong, as sure of itself as at some position drawn at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from unittest.mock import patch
+
+import numpy as np
+
+from draft_bench.answers import Answer
+from edge_spec.decoding import Session, SpeculativeDecoder, decoder
+from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner, model
+from edge_spec.errors import CacheUnsupportedError
+from edge_spec.types import Decoded, ModelSpec, Output, TopK
+
+Guesses = Sequence[tuple[int, float]]
+
+TARGET_MS = {1: 31.5, 2: 36.4, 4: 52.8, 6: 69.6, 8: 87.6, 10: 105.0, 12: 122.0, 14: 140.0, 16: 159.0}
+"""A pass of the default target by its rows, padded to even ones but for 1: docs/performance.md."""
+_TARGET_READS_PER_S, _DRAFT_READS_PER_S = 128.0, 450.0
+_SECOND_ROW_MS, _ROW_MS = 1.0, 2.3
+_NOISE, _MAX_ROWS = 0.05, 16
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._noise = np.random.default_rng(1)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds * float(np.exp(self._noise.normal(0, _NOISE)))
+
+
+class _Recorded:
+    """A `CausalLM` that knows one answer: the target's own, or what a draft guesses at its positions."""
+
+    def __init__(self, n_vocab: int, clock: _Clock, cost_s: Callable[[int], float]) -> None:
+        self.spec = ModelSpec(
+            name="recorded",
+            architecture="recorded",
+            n_vocab=n_vocab,
+            n_ctx=8192,
+            n_ctx_train=8192,
+            n_layer=1,
+            n_kv_heads=1,
+            head_dim=1,
+            weight_bytes=1,
+            kv_bytes_per_token=1,
+            max_rows=_MAX_ROWS,
+            row_alignment=2,
+        )
+        self._clock, self._cost_s = clock, cost_s
+        self._tokens: list[int] = []
+        self._logits = np.zeros((_MAX_ROWS, n_vocab), np.float32)
+        self._rng = np.random.default_rng(0)
+
+    def play(self, answer: Answer, guesses: Guesses | None) -> None:
+        self._text, self._start, self._guesses = answer.prompt + answer.ids, len(answer.prompt), guesses
+
+    @property
+    def length(self) -> int:
+        return len(self._tokens)
+
+    def rollback(self, length: int) -> None:
+        del self._tokens[length:]
+
+    def evict(self, start: int, end: int) -> None:  # noqa: ARG002
+        raise CacheUnsupportedError("a recorded answer has no holes")
+
+    def resize(self, n_ctx: int) -> None:  # noqa: ARG002
+        raise CacheUnsupportedError("a recorded answer has no cache to resize")
+
+    def close(self) -> None:
+        return
+
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
+        self._clock.spend(self._cost_s(len(tokens)))
+        self._tokens += tokens
+        length = len(self._tokens)
+        said = [self._next(length - rows + row + 1) for row in range(rows)]
+        if want is Output.LOGITS:
+            self._logits[:rows] = 0
+            self._logits[np.arange(rows), [token for token, _ in said]] = 30
+            return Decoded(self._logits[:rows])
+        ids, probs = np.array([[token] for token, _ in said]), np.array([[p] for _, p in said], np.float32)
+        return Decoded(self._logits[:0], TopK(ids, np.log(probs), np.zeros(rows, np.float32)))
+
+    def _next(self, position: int) -> tuple[int, float]:
+        place = position - self._start
+        on_text = 0 <= place < len(self._text) - self._start and self._tokens[:position] == self._text[:position]
+        if self._guesses is None:
+            return (self._text[position], 1.0) if on_text else (7, 1.0)
+        if on_text:
+            return self._guesses[place]
+        return int(self._rng.integers(self.spec.n_vocab)), self._guesses[int(self._rng.integers(len(self._guesses)))][1]
+
+
+def replay(
+    answers: Sequence[Answer], guesses: Sequence[Guesses], draft_ms: float, target_ms: Mapping[int, float] = TARGET_MS
+) -> float:
+    """How many times faster than plain decoding the planner writes the answers, with draft tokens of `draft_ms`.
+
+    The geometric mean over the answers, from their second token on; plain passes have one row and are not padded.
+    """
+    n_vocab = max(max(answer.prompt + answer.ids) for answer in answers)
+    n_vocab = max(n_vocab, *(token for known in guesses for token, _ in known)) + 1
+    clock = _Clock()
+
+    def target_s(n: int) -> float:
+        return n / _TARGET_READS_PER_S if n > _MAX_ROWS else target_ms[n + n % 2] / 1e3
+
+    def draft_s(n: int) -> float:
+        more = _SECOND_ROW_MS if n == 2 else _ROW_MS * (n - 1)
+        return n / _DRAFT_READS_PER_S if n > _MAX_ROWS else (draft_ms + more) / 1e3
+
+    target, draft = (_Recorded(n_vocab, clock, cost_s) for cost_s in (target_s, draft_s))
+    session = Session(target)
+
+    def costs() -> Costs:
+        return Costs(max_rows=_MAX_ROWS, alignment=2, draft_share=0.3)
+
+    planner = Planner(costs(), LookupDrafter(max_draft=15, bold=True), ModelDrafter(Session(draft)), fixed=costs())
+    ratios = []
+    with patch.object(decoder, "perf_counter", clock), patch.object(model, "perf_counter", clock):
+        for answer, known in zip(answers, guesses, strict=True):
+            target.play(answer, None)
+            draft.play(answer, known)
+            counts: list[tuple[float, int]] = []
+            for step in SpeculativeDecoder(session, planner).generate(answer.prompt, max_tokens=len(answer.ids)):
+                counts.append((clock.now, len(step.tokens)))
+            (first_at, first), last_at = counts[0], counts[-1][0]
+            written = len(answer.ids) - first
+            if written > 3:
+                ratios.append(written * target_ms[1] / 1e3 / (last_at - first_at))
+    return float(np.exp(np.mean(np.log(ratios))))
