@@ -11,7 +11,7 @@ from edge_spec.errors import ModelFormatError
 from edge_spec.export import correct
 from edge_spec.export.calibration import MAX_TOKENS, calibration_texts
 from edge_spec.export.correct import Array, Run, correction, quantize_corrected, runs_of
-from edge_spec.export.exporter import Export, _vectors, ensure_export, export_model, open_export
+from edge_spec.export.exporter import Export, _vectors, ensure_export, export_key, export_model, open_export
 from edge_spec.export.forward import Forward
 from edge_spec.export.quantize import QuantizedRows, dequantize_rows, quantize_rows
 from edge_spec.export.reading import read_config
@@ -20,7 +20,7 @@ from edge_spec.formats.gguf import GGUFFile
 from tests.reference_decoder import reference_logits
 from tests.tiny_models import PECULIARITIES, write_tiny_gguf
 
-INT4 = RECIPES["int4"]
+INT4 = RECIPES["int4-accurate"]
 
 
 def _corrections(inputs: Array, block: int) -> list[Run]:
@@ -196,6 +196,12 @@ def test_a_model_that_overflows_on_the_text_is_refused_by_tensor(tmp_path: Path)
     with pytest.raises(ModelFormatError, match=r"blk\.1\."):
         export_model(gguf, INT4, tmp_path / "export", sha256="0" * 64)
     assert not (tmp_path / "export").exists()
+
+
+def test_a_recipe_that_corrects_nothing_keeps_the_key_that_its_exports_have() -> None:
+    keys = {export_key(recipe) for recipe in RECIPES.values()}
+    assert len(keys) == len(RECIPES)
+    assert export_key(RECIPES["int4"]) == "2277a2d7"
 
 
 def test_exporting_an_unchanged_source_again_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,8 @@ def export_graph(
     """
     if path.exists():
         raise UsageError(f"{path} exists already; remove it or name another folder")
+    if recipe.corrected:
+        raise UsageError(f"the recipe {recipe.name} is for GGUF sources: choose int4 or int8 for a checkpoint")
     if recipe.exact:
         raise UsageError(f"the recipe {recipe.name} carries GGUF tensors over, and a checkpoint has none")
     n_vocab = checkpoint.get_int("vocab_size")

@@ -21,7 +21,7 @@ from edge_spec.export.quantize import QuantizedRows, choose_steps, pack_levels
 Array = NDArray[np.float32]
 T = TypeVar("T", np.float32, np.uint8)
 
-RUN_COLUMNS = 1536
+RUN_COLUMNS = 2304
 """About so many columns share their errors; a wider matrix is cut into runs of whole blocks."""
 
 DAMPING = 0.5
@@ -47,7 +47,8 @@ class Run:
 
 def runs_of(width: int, block: int) -> list[slice]:
     """Runs of whole blocks that cover `width` columns, of about RUN_COLUMNS each."""
-    blocks, n_runs = width // block, -(-width // RUN_COLUMNS)
+    blocks = width // block
+    n_runs = -(-width // RUN_COLUMNS)
     edges = [blocks * i // n_runs * block for i in range(n_runs)] + [width]
     return [slice(start, stop) for start, stop in pairwise(edges) if stop > start]
 

@@ -34,7 +34,7 @@ from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
 from edge_spec.store.pull import exclusive
 
-EXPORTER_VERSION = 4
+EXPORTER_VERSION = 3
 """Raised whenever the same source and recipe would give other files, so that no old export is reused."""
 
 MODEL, WEIGHTS, SOURCE = "model.onnx", "weights.bin", "source.gguf"
@@ -96,7 +96,7 @@ def open_export(path: Path) -> Export:
             source_sha256=described["source_sha256"],
             weight_bytes=described["weight_bytes"],
             requantized=tuple(described["requantized"]),
-            n_calibration_tokens=described["n_calibration_tokens"],
+            n_calibration_tokens=described.get("n_calibration_tokens", 0),
         )
     except (KeyError, TypeError, AttributeError) as exc:
         raise ModelFormatError(f"{path / DESCRIPTION} is not complete: {exc!r}") from exc
@@ -149,7 +149,10 @@ def _whole_export(path: Path) -> Export | None:
 
 def export_key(recipe: Recipe) -> str:
     """What, besides the source, decides the bytes of an export, as eight hex digits."""
-    identity = json.dumps([EXPORTER_VERSION, asdict(recipe)], sort_keys=True)
+    values = asdict(recipe)
+    if not recipe.corrected:
+        del values["corrected"]  # exports from before there was such a thing are as good as new ones
+    identity = json.dumps([EXPORTER_VERSION, values], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError
-from edge_spec.export.architecture import DecoderConfig
-from edge_spec.export.correct import Run, correction, quantize_corrected, runs_of
+from edge_spec.export.architecture import DecoderConfig, tensor_shapes
+from edge_spec.export.calibration import MAX_TOKENS
+from edge_spec.export.correct import RUN_COLUMNS, Run, correction, quantize_corrected, runs_of
 from edge_spec.export.forward import Forward
 from edge_spec.export.layout import Job, Layout
 from edge_spec.export.products import one_thread_a_product
@@ -156,6 +157,17 @@ class Filler:
     def _report_all(self) -> None:
         if self._progress is not None:
             self._progress(self._total, self._total)
+
+
+def corrected_bytes(config: DecoderConfig, threads: int) -> int:
+    """About what `Filler.correct` holds at its peak: a layer in float32, query, key and value twice; what the text
+    makes of it; factors; and the workers' own copies."""
+    shapes = [shape for name, shape in tensor_shapes(config).items() if name.startswith("blk.0.") and len(shape) == 2]
+    layer = sum(math.prod(shape) for shape in shapes) + config.qkv_rows * config.hidden
+    passed = MAX_TOKENS * (6 * config.hidden + 2 * config.qkv_rows + 4 * config.n_ff)
+    factors = 3 * config.hidden**2 + config.n_ff * min(config.n_ff, RUN_COLUMNS)
+    worker = 3 * max(CORRECTED_CHUNK_WEIGHTS, config.hidden * RUN_COLUMNS)
+    return 4 * (layer + passed + factors + threads * worker)
 
 
 def _finish(pool: ThreadPoolExecutor, futures: Sequence[Future[None]]) -> None:
