@@ -3,6 +3,7 @@
 #   make chat      install, fetch the default pair, talk with it (standard input goes to the chat)
 #   make test      install, fetch the small test model, run the tests
 #   make test-openvino   install the openvino backend, run its own tests
+#   make test-export   an environment with optimum (about 1 GB), the tests of exporting checkpoints by it
 #   make quality   the default target's 4-bit exports beside its GGUF on llama.cpp: WORKLOAD= and PROBLEMS= name files
 #   make lint      ruff and mypy
 #   make install   make .venv ready for all of them
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install chat test test-pair test-openvino quality lint clean
+.PHONY: install chat test test-pair test-openvino test-export quality lint clean
 
 install: $(VENV)/.core $(VENV)/.dev
 
@@ -32,13 +33,21 @@ $(VENV)/.openvino: pyproject.toml | $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[openvino]' </dev/null
 	@touch $@
 
+# Apart from the rest: optimum's pins are older than ours. gguf and accelerate make a checkpoint of the small model.
+OPTIMUM := 'optimum-onnx[onnxruntime]==0.1.0' transformers==4.57.6 torch==2.13.0 safetensors sentencepiece gguf accelerate
+
+$(VENV)/.optimum: pyproject.toml | $(VENV)/.dev
+	$(PYTHON) -m venv --clear $(VENV)/optimum </dev/null
+	$(VENV)/optimum/bin/python -m pip install --quiet $(OPTIMUM) </dev/null
+	@touch $@
+
 chat: $(VENV)/.core
 	@$(BIN)/edge-spec pull qwen2.5-coder </dev/null
 	@$(BIN)/edge-spec chat
 
 test: install
 	@$(BIN)/edge-spec pull smollm2-135m </dev/null
-	$(BIN)/python -m pytest -m 'not pair and not openvino'
+	$(BIN)/python -m pytest -m 'not pair and not openvino and not export'
 
 # The tests that load the 1.6 GB default pair.
 test-pair: install
@@ -49,6 +58,11 @@ test-pair: install
 test-openvino: install $(VENV)/.openvino
 	@$(BIN)/edge-spec pull smollm2-135m </dev/null
 	$(BIN)/python -m pytest -m openvino
+
+# Checkpoints through the real optimum.
+test-export: install $(VENV)/.optimum
+	@$(BIN)/edge-spec pull smollm2-135m </dev/null
+	EDGE_SPEC_OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python $(BIN)/python -m pytest -m export
 
 # Perplexity, agreement, divergence and the cost of a pass; with PROBLEMS= (HumanEval's form) also programs that pass.
 QUALITY_TARGET := qwen2.5-coder-1.5b

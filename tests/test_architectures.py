@@ -145,6 +145,37 @@ def test_a_window_hides_what_lies_before_it_and_nothing_else(tmp_path: Path) -> 
             assert np.array_equal(model.decode(changed).logits, expected) == hidden, position
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("window", [1, N_TOKENS - 1, N_TOKENS, N_TOKENS + 1, 4 * N_TOKENS])
+def test_windows_shorter_and_longer_than_the_prompt_are_llama_cpps(
+    architecture: str, window: int, tmp_path: Path
+) -> None:
+    source = write(tmp_path, architecture, metadata={f"{architecture}.attention.sliding_window": window})
+    assert config_of(source).windows == (window, 0, window, 0)
+    assert_agree(exported_logits(source), llama_cpp_logits(source))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+def test_reading_in_parts_across_a_window_is_llama_cpps(architecture: str, tmp_path: Path) -> None:
+    """In chunks of 7, with windows of 8, and a rollback behind the window's start."""
+    source = write(tmp_path, architecture)
+    with opened(export(source)) as model:
+        tokens = tokens_of(model)
+        model.decode(tokens, rows=0)
+        model.rollback(12)
+        rows = [model.decode(tokens[at : at + 7], rows=7).logits.copy() for at in range(12, N_TOKENS, 7)]
+    assert_agree(np.concatenate(rows), llama_cpp_logits(source)[12:])
+
+
+@pytest.mark.parametrize("caps", [(0.2, 0.5), (None, None), (50.0, 30.0), (0.5, None)])
+def test_soft_caps_are_the_file_s_or_the_architecture_s(caps: tuple[float | None, ...], tmp_path: Path) -> None:
+    keys = ("gemma2.attn_logit_softcapping", "gemma2.final_logit_softcapping")
+    source = write(tmp_path, "gemma2", metadata=dict(zip(keys, caps, strict=True)))
+    config = config_of(source)
+    assert (config.attention_softcap, config.logit_softcap) == pytest.approx((caps[0] or 50.0, caps[1] or 30.0))
+    assert_agree(exported_logits(source), llama_cpp_logits(source))
+
+
 def test_the_pattern_of_windows_is_the_file_s(tmp_path: Path) -> None:
     def windows(architecture: str, pattern: Any, n_layer: int = 7) -> list[int]:
         key = f"{architecture}.attention.sliding_window_pattern"

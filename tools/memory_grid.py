@@ -11,7 +11,7 @@ With `--keep FILE` measurements are kept in a file, and those in it are not made
 changed estimate compared at once.
 
 With `--limits` each cell runs under RLIMIT_DATA, and in a control group where one can be made, set to the estimate and
-its band: it has to finish. At 0.85 of that it may be refused by a typed error, or do with less and say so.
+its band: it has to finish. At 0.85 and 0.6 of that it may be refused by a typed error, or do with less and say so.
 
 Random models are written on first use, beside the store's exports. Linux only.
 """
@@ -72,13 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_limits(cells: Sequence[Cell], store: Store, paths: dict[str, Path], *, json_wanted: bool) -> int:
     outcomes = []
-    for number, cell in enumerate(cells, 1):
-        foretold = foretell(cell, store, path_of=paths)
-        for outcome in limits.run_limited(replace(cell, model=str(paths.get(cell.model, cell.model))), foretold):
-            outcomes.append(outcome)
-            _note(f"{number}/{len(cells)} {cell.name}, {outcome.kind} {outcome.share:.2f}: {outcome.word}")
+    try:
+        for number, cell in enumerate(cells, 1):
+            foretold = foretell(cell, store, path_of=paths)
+            for outcome in limits.run_limited(replace(cell, model=str(paths.get(cell.model, cell.model))), foretold):
+                outcomes.append(outcome)
+                _note(f"{number}/{len(cells)} {cell.name}, {outcome.kind} {outcome.share:.2f}: {outcome.word}")
+    except KeyboardInterrupt:
+        _note("interrupted; the runs so far:")
     print(json.dumps(limits.as_json(outcomes), indent=1) if json_wanted else limits.as_text(outcomes))
-    return 0 if all(outcome.good for outcome in outcomes) else 1
+    return 0 if outcomes and all(outcome.good for outcome in outcomes) else 1
 
 
 class CellError(Exception):

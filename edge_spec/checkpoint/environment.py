@@ -15,8 +15,8 @@ from edge_spec.errors import BackendUnavailableError, StorageError
 from edge_spec.store import pip_child
 from edge_spec.store.pull import Note, exclusive
 
-PACKAGES = ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6", "torch>=2.6", "safetensors", "sentencepiece")
-"""What the environment holds. optimum-onnx 0.1.0 is its newest, and takes transformers below 4.58."""
+PACKAGES = ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6", "torch==2.13.0", "safetensors", "sentencepiece")
+"""What the environment holds: optimum-onnx 0.1.0 takes transformers below 4.58, and was tried with this torch."""
 
 DOWNLOAD = "about 1 GB (several, where pip takes a build of torch with GPU libraries)"
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.errors import ModelFormatError, StorageError, UsageError
+from edge_spec.errors import ModelFormatError, StorageError, UnsupportedArchitectureError, UsageError
 from edge_spec.export.architecture import DecoderConfig, bias_shapes, tensor_shapes
 from edge_spec.export.calibration import calibration_texts
 from edge_spec.export.filling import ByteProgress, Filler
@@ -87,6 +87,8 @@ class Export:
 def open_export(path: Path) -> Export:
     """Read an export's description and check that its files are whole; ModelFormatError says what is wrong."""
     described = read_description(path)
+    if "layout" in described:
+        raise UnsupportedArchitectureError(f"{path} is an export of a checkpoint, with a graph that optimum built")
     try:
         check_files(path, described, EXPORTER_VERSION)
         return Export(

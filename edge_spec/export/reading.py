@@ -8,7 +8,7 @@ from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError
 from edge_spec.export.architecture import DecoderConfig, bias_shapes, tensor_shapes
 from edge_spec.export.rope import ROPE_TENSORS, RopeScaling, read_rope_scaling
 from edge_spec.export.traits import SUPPORTED, TRAITS, Traits
-from edge_spec.formats.gguf import GGUFArray, GGUFFile
+from edge_spec.formats.gguf import INTEGERS, GGUFArray, GGUFFile
 
 HEAD_DIM_STEP = 16
 """ONNX Runtime's GroupQueryAttention takes heads of a multiple of so many values."""
@@ -79,6 +79,21 @@ def _check_sizes(gguf: GGUFFile, config: DecoderConfig) -> None:
         raise ModelFormatError(f"{gguf.path}: the sizes in the metadata contradict each other: {config.to_json()}")
     if config.n_layer > len(gguf.tensors):
         raise ModelFormatError(f"{gguf.path}: {config.n_layer} layers, but only {len(gguf.tensors)} tensors")
+    _check_vocabulary(gguf, config.n_vocab)
+
+
+def _check_vocabulary(gguf: GGUFFile, n_rows: int) -> None:
+    """Tokens and embedding rows have to go together: rows without a token are padding, tokens without a row are not."""
+    said = gguf.hparam_int("vocab_size", n_rows)
+    if said != n_rows:
+        raise ModelFormatError(
+            f"{gguf.path}: {gguf.hparam('vocab_size')} is {said}, and token_embd.weight has {n_rows} rows"
+        )
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, GGUFArray) and len(tokens) > n_rows:
+        raise ModelFormatError(
+            f"{gguf.path}: the tokenizer lists {len(tokens)} tokens, and token_embd.weight has {n_rows} rows"
+        )
 
 
 def _check_tensors(gguf: GGUFFile, config: DecoderConfig) -> None:
@@ -96,6 +111,13 @@ def _check_tensors(gguf: GGUFFile, config: DecoderConfig) -> None:
             raise UnsupportedArchitectureError(f"{gguf.path.name}: the exporter has no use for the tensor {name}")
         if tensor.shape != optional[name]:
             raise ModelFormatError(f"{gguf.path}: {name} has the shape {tensor.shape}, not {optional[name]}")
+        for twin in (f"blk.{layer}.{name.split('.', 2)[2]}" for layer in range(config.n_layer)):
+            if twin not in gguf.tensors:
+                raise ModelFormatError(f"{gguf.path}: the tensor {twin} is missing, and {name} is there")
+    for name in (*required, *optional):
+        if name in gguf.tensors and gguf.tensors[name].type in INTEGERS:
+            kind = gguf.tensors[name].type.name
+            raise ModelFormatError(f"{gguf.path}: the tensor {name} holds integers ({kind}), not weights")
 
 
 def _with_positions(gguf: GGUFFile, config: DecoderConfig) -> DecoderConfig:

@@ -23,7 +23,7 @@ from edge_spec.formats.ggml import GGMLType
 from edge_spec.formats.gguf_header import HeaderError, TensorInfo, TensorTable, read_header
 from edge_spec.formats.gguf_values import GGUFArray, Value, ValueType
 
-__all__ = ["GGMLType", "GGUFArray", "GGUFFile", "TensorInfo", "TensorTable", "Value", "ValueType"]
+__all__ = ["INTEGERS", "GGMLType", "GGUFArray", "GGUFFile", "TensorInfo", "TensorTable", "Value", "ValueType"]
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class _Required:
 
 REQUIRED: Final = _Required()
 
-_INTEGERS = {GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64}
+INTEGERS = {GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64}
 
 
 class GGUFFile:
@@ -200,7 +200,7 @@ def _map(path: Path) -> mmap:
 
 
 def _dequantize(raw: NDArray[np.uint8], info: TensorInfo) -> NDArray[np.float32]:
-    if info.type in _INTEGERS:
+    if info.type in INTEGERS:
         raise UnsupportedArchitectureError(f"the tensor {info.name} holds integers ({info.type.name}), not weights")
     if info.type is GGMLType.F32:
         return np.ascontiguousarray(raw).view("<f4").astype(np.float32)

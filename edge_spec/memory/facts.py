@@ -90,6 +90,11 @@ class ModelFacts:
         return len(self.layers)
 
     @property
+    def merges(self) -> int:
+        """Merges of the tokenizer; about as many as tokens where the source does not list them."""
+        return self.n_vocab if self.n_merges is None else self.n_merges
+
+    @property
     def n_parameters(self) -> int:
         """Elements of all tensors."""
         return sum(tensor.n_elements for tensor in self.tensors.values())

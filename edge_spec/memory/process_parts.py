@@ -23,9 +23,8 @@ def process_parts(target: ModelFacts, backends: Sequence[str], settings: Setting
 
     libraries = sorted(set(backends))
     code = max(runtime.SHARED_LIBRARIES[name] for name in libraries)
-    merges = target.n_vocab if target.n_merges is None else target.n_merges
     tokenizer = runtime.TOKENIZER + runtime.TEMPLATE
-    tokenizer += runtime.TOKENIZER_PER_TOKEN * target.n_vocab + runtime.TOKENIZER_PER_MERGE * merges
+    tokenizer += runtime.TOKENIZER_PER_TOKEN * target.n_vocab + runtime.TOKENIZER_PER_MERGE * target.merges
     parts = [
         part(
             "python",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 _LINE = re.compile(r"(\S+)\s+(model|KV|RS|compute|output) buffer size =\s*([\d.]+) MiB")
@@ -29,21 +30,29 @@ class LlamaLog:
         ours._collect_error = listen
 
     def sums(self) -> dict[str, int]:
-        """Bytes by what they are for; the log's precision is a hundredth of a MiB a line."""
-        found: dict[str, int] = {}
-        for line in self._lines:
-            if (match := _LINE.search(line)) is None:
-                continue
-            place, what, size = match.groups()
-            name = _CONTEXT_PARTS.get(what, "repacked_bytes" if place.endswith("REPACK") else "mapped_weight_bytes")
-            found[name] = found.get(name, 0) + round(float(size) * 2**20)
-        return found
+        """Bytes by what they are for, so far."""
+        return sum_lines(self._lines)
+
+
+def sum_lines(lines: Iterable[str]) -> dict[str, int]:
+    """Bytes by what they are for, of the buffers that lines of llama.cpp's log tell of.
+
+    The log's precision is a hundredth of a MiB a line.
+    """
+    found: dict[str, int] = {}
+    for match in filter(None, map(_LINE.search, lines)):
+        place, what, size = match.groups()
+        name = _CONTEXT_PARTS.get(what, "repacked_bytes" if place.endswith("REPACK") else "mapped_weight_bytes")
+        found[name] = found.get(name, 0) + round(float(size) * 2**20)
+    return found
 
 
 def buffers(model: Any) -> dict[str, int]:
     """Bytes of the arrays that a model on ONNX Runtime or OpenVINO was given, and its export's packed weights."""
     held = model._held
-    cached = [array for name, array in held.items() if name.startswith(("past_", "key_cache", "value_cache"))]
+    cached = [
+        array for name, array in held.items() if name.startswith(("past_key", "past_value", "key_cache", "value_cache"))
+    ]
     return {
         "cache_bytes": sum(array.nbytes for array in cached),
         "stored_weight_bytes": model.spec.weight_bytes,
