@@ -145,8 +145,8 @@ def export_graph(
         raise UsageError(f"{path} exists already; remove it or name another folder")
     if recipe.corrected:
         raise UsageError(f"the recipe {recipe.name} is for GGUF sources: choose int4 or int8 for a checkpoint")
-    if recipe.exact:
-        raise UsageError(f"the recipe {recipe.name} carries GGUF tensors over, and a checkpoint has none")
+    if recipe.exact or recipe.head_rows:
+        raise UsageError(f"the recipe {recipe.name} takes a GGUF: a checkpoint has no such tensors, and a whole head")
     n_vocab = checkpoint.get_int("vocab_size")
     keys = tokenizer_metadata(checkpoint, n_vocab)
     n_weights = _count_weights(checkpoint)
