@@ -16,12 +16,13 @@ KV_TYPES = {
     "q5_0": GGMLType.Q5_0,
     "q4_1": GGMLType.Q4_1,
     "q4_0": GGMLType.Q4_0,
+    "q8": GGMLType.I8,
 }
-"""Types of cache elements, as llama.cpp names them."""
+"""Types of cache elements, as llama.cpp names them, and the onnx backend's bytes, whose scales are the model's."""
 
 SUPPORTED_KV = {
-    "onnx": ("f32",),
-    "openvino": ("f32",),
+    "onnx": ("f32", "q8"),
+    "openvino": ("f32", "f16"),
     "llama": ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
 }
 """Types that each backend can be asked for, its default first."""
