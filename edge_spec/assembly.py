@@ -29,12 +29,18 @@ DRAFT_TOKENS, LOOKUP_TOKENS = 3, 7
 PLANNED_TOKENS = 7
 
 
-def make_drafters(models: OpenedModels, past: PastAnswers | None, draft_tokens: int | None) -> dict[str, Drafter]:
-    """Every drafter by its name; "auto" plans with all of them. `draft_tokens`: the longest draft of the model."""
+def make_drafters(
+    models: OpenedModels, past: PastAnswers | None, draft_tokens: int | None, *, batch: int
+) -> dict[str, Drafter]:
+    """Every drafter by its name; "auto" plans with all of them.
+
+    `draft_tokens`: the longest draft of the model; `batch`: tokens of a prompt that it reads at a time.
+    """
     target = models.target.model.spec
     model = None
     if models.draft is not None:
-        model = ModelDrafter(Session(models.draft.model, exact=False), draft_tokens=draft_tokens or DRAFT_TOKENS)
+        session = Session(models.draft.model, exact=False, chunk=batch)
+        model = ModelDrafter(session, draft_tokens=draft_tokens or DRAFT_TOKENS)
     drafters: dict[str, Drafter] = {
         "none": NoDrafter(),
         "lookup": LookupDrafter(min_match=3, max_draft=LOOKUP_TOKENS),

@@ -18,13 +18,15 @@ from edge_spec.decoding.drafter import Drafter
 from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter, PastAnswers
 from edge_spec.errors import UsageError
+from edge_spec.fitting import FittedRequest, fit
 from edge_spec.generation import EngineInfo, GenerationOptions, Stream, make_result
+from edge_spec.ladder import make_governor
 from edge_spec.loading import KV_TYPES, Source, StageProgress
+from edge_spec.memory.governor import Governor
 from edge_spec.opening import (
     DRAFTERS,
     NO_HISTORY,
     LoadOptions,
-    LoadRequest,
     OpenedModels,
     check_choice,
     open_models,
@@ -49,6 +51,7 @@ class Engine:
         drafters: dict[str, Drafter],
         kept: KeptCosts,
         *,
+        governor: Governor,
         default: str,
         past: PastAnswers | None = None,
     ) -> None:
@@ -57,6 +60,7 @@ class Engine:
         self._prompting = Prompting(source.template, source.tokenizer)
         self._target = target
         self._drafters = drafters
+        self._governor = governor
         self._default = default
         self._past = past
         self._references = References(source.tokenizer)
@@ -79,6 +83,7 @@ class Engine:
         recipe: str | None = None,
         pad_rows: bool = True,
         history: bool = False,
+        ram: str | int | None = None,
         kv: str | None = None,
         on_progress: StageProgress | None = None,
     ) -> Engine:
@@ -104,8 +109,14 @@ class Engine:
         `history` keeps the ids of every answer in a file of at most 4 MiB that only this user may read, and lets
         "auto" and "history" copy from it: `edge-spec history` shows and clears it.
 
-        Raises ModelNotFoundError (with the command that fetches it), VocabMismatchError, BackendUnavailableError,
-        UnsupportedArchitectureError, ModelFormatError, UsageError, StorageError.
+        `ram` is the most memory that the process may hold: a size ("3GiB"), bytes, or the name of a device; it is never
+        more than what the machine has to spare, which is what None stands for. What does not fit is made to, before
+        anything is loaded: shorter passes over prompts, a smaller window unless `n_ctx` asks for one, no draft; the
+        notes and `info.given_up` say which. While it runs the same budget is watched: see `FinishReason.MEMORY`.
+
+        Raises MemoryBudgetError (with what would fit), ModelNotFoundError (with the command that fetches it),
+        VocabMismatchError, BackendUnavailableError, UnsupportedArchitectureError, ModelFormatError, UsageError,
+        StorageError.
         """
         started = perf_counter()
         store = Store()
@@ -122,18 +133,22 @@ class Engine:
             recipe=recipe,
             pad_rows=pad_rows,
             history=history,
+            ram=ram,
             kv=kv,
         )
-        request = resolve(options, store)
+        fitted = fit(resolve(options, store), options)
+        request = fitted.request
         models = open_models(request, store, on_progress)
         past = past_answers(store, request.source.tokenizer) if history else None
-        drafters = make_drafters(models, past, draft_tokens)
+        drafters = make_drafters(models, past, draft_tokens, batch=request.batch)
+        session = Session(models.target.model, chunk=request.batch)
         return cls(
-            _describe(request, models, drafter, perf_counter() - started),
+            _describe(fitted, models, drafter, perf_counter() - started),
             request.source,
-            Session(models.target.model),
+            session,
             drafters,
             KeptCosts.of(request, models, store),
+            governor=make_governor(fitted.budget, session, drafters),
             default=drafter,
             past=past,
         )
@@ -258,14 +273,16 @@ class Engine:
         on_progress: Progress | None = None,
         done: Callable[[GenerationResult, list[Hole]], None] | None = None,
     ) -> Stream:
-        tokenizer, info = self._source.tokenizer, self.info
+        tokenizer, governor = self._source.tokenizer, self._governor
         decoder = SpeculativeDecoder(self._target, self._choose_drafter(drafter, reference))
         references = self._references.ids(reference)
         refused = self._target.num_refused_rollbacks
 
         def finish(stream: Stream) -> GenerationResult:
             evicted = report(decoder.stats.holes, tokenizer.decode)
+            info = replace(self.info, n_ctx=self._target.spec.n_ctx)  # which the governor may have made smaller
             result = make_result(stream, prompt=prompt, info=info, evicted=evicted)
+            result.notes.extend(governor.notes)
             if evicted and not self._target.spec.can_evict:
                 result.notes.append("this backend cannot evict from its cache, so what was left was read again")
             if self._target.num_refused_rollbacks > refused:
@@ -275,6 +292,7 @@ class Engine:
                 done(result, decoder.stats.holes)
             return result
 
+        governor.begin()
         return Stream(
             lambda cancelled: decoder.generate(
                 prompt.ids,
@@ -287,6 +305,7 @@ class Engine:
                 eviction=prompt.eviction,
                 cancelled=cancelled,
                 on_progress=on_progress,
+                supervisor=governor,
             ),
             decoder,
             tokenizer.stream(previous=prompt.ids[-1] if prompt.ids else None),
@@ -331,10 +350,10 @@ class Engine:
         return self._drafters[name]
 
 
-def _describe(request: LoadRequest, models: OpenedModels, drafter: str, load_s: float) -> EngineInfo:
+def _describe(fitted: FittedRequest, models: OpenedModels, drafter: str, load_s: float) -> EngineInfo:
     """What was loaded, with what the user should know before the first text."""
-    source, target, draft = request.source, models.target, models.draft
-    notes = []
+    request, target, draft = fitted.request, models.target, models.draft
+    source, notes = request.source, list(fitted.notes)
     if source.template.source == "chatml":
         notes.append(f"{source.name} carries no chat template: ChatML stands in")
     if drafter != "none" and target.model.spec.row_alignment is None:
@@ -355,5 +374,8 @@ def _describe(request: LoadRequest, models: OpenedModels, drafter: str, load_s: 
         chat_sampling=request.chat_sampling,
         chat_system=request.chat_system,
         draft_backend=draft.backend if draft else None,
+        budget_bytes=fitted.budget.held.n_bytes,
+        planned_bytes=fitted.plan.required_bytes if fitted.plan else None,
+        given_up=fitted.plan.given_up if fitted.plan else (),
         kv=target.model.spec.kv_type,
     )

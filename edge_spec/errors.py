@@ -10,6 +10,8 @@ EdgeSpecError
 ├── StorageError                        the disk is full or cannot be written
 ├── BackendUnavailableError             an optional library is missing (the message has the install command)
 ├── BackendError                        the backend library failed
+│   └── BackendMemoryError              for want of memory
+├── MemoryBudgetError                   what was asked for does not fit the memory that there is
 ├── VocabMismatchError                  draft and target do not share a vocabulary
 ├── ContextLengthError                  the prompt does not fit n_ctx
 ├── RollbackUnsupportedError            the backend cannot shorten its cache that far
@@ -58,6 +60,23 @@ class BackendUnavailableError(EdgeSpecError):
 
 class BackendError(EdgeSpecError):
     """A backend library refused or failed a call; raised `from` the library's own error."""
+
+
+class BackendMemoryError(BackendError):
+    """A backend library got no memory from the system."""
+
+
+class MemoryBudgetError(EdgeSpecError):
+    """What would be loaded does not fit. `required_bytes` and `budget_bytes` are of the whole process.
+
+    `largest_n_ctx` is the longest window that fits with everything else as it was asked for; 0 if none does.
+    """
+
+    def __init__(self, required_bytes: int, budget_bytes: int, largest_n_ctx: int, message: str) -> None:
+        self.required_bytes = required_bytes
+        self.budget_bytes = budget_bytes
+        self.largest_n_ctx = largest_n_ctx
+        super().__init__(message)
 
 
 class VocabMismatchError(EdgeSpecError):

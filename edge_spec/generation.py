@@ -35,6 +35,12 @@ class EngineInfo:
     chat_system: str | None
     draft_backend: str | None = None
     """Where the draft runs; None without one."""
+    budget_bytes: int | None = None
+    """Most anonymous memory that the process may hold."""
+    planned_bytes: int | None = None
+    """Most that it is expected to; None where that cannot be told beforehand."""
+    given_up: tuple[str, ...] = ()
+    """What was given up to stay within the budget."""
     kv: str = "f32"
     """What the target's keys and values are stored as."""
 

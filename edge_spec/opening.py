@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 from edge_spec.cores import RecommendedThreads, check_threads
+from edge_spec.decoding.session import PREFILL_CHUNK
 from edge_spec.errors import UsageError
 from edge_spec.export.recipe import Recipe
 from edge_spec.loading import (
@@ -53,6 +54,7 @@ class LoadOptions:
     recipe: str | None = None
     pad_rows: bool = True
     history: bool = False
+    ram: str | int | None = None
     kv: str | None = None
 
     def check(self) -> None:
@@ -87,6 +89,8 @@ class LoadRequest:
     recipe: Recipe | None
     """How the target's weights are stored; None follows the source."""
     pad_rows: bool
+    batch: int
+    """Tokens of a prompt that are read at a time."""
     kv: str | None
     """What keys and values are stored as, the draft's too where it runs on the same backend; None is the backend's own
     type."""
@@ -138,6 +142,7 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
         n_ctx=choose_n_ctx(source, options.n_ctx),
         recipe=chosen_recipe(options.recipe, options.backend, source),
         pad_rows=options.pad_rows,
+        batch=PREFILL_CHUNK,
         kv=options.kv,
         chat_sampling=known.sampling if known else SamplingParams(),
         chat_system=known.system if known else None,

@@ -63,6 +63,8 @@ class FinishReason(StrEnum):
     """The window of n_ctx tokens is full."""
     CANCELLED = "cancelled"
     """The caller stopped."""
+    MEMORY = "memory"
+    """Memory ran short, and there was nothing left to give back; the text is what was written until then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,9 @@ class FakeInfo:
     chat_sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.7, top_p=0.8))
     chat_system: str | None = "You are scripted."
     draft_backend: str | None = "onnx"
+    budget_bytes: int | None = None
+    planned_bytes: int | None = None
+    given_up: tuple[str, ...] = ()
     kv: str = "f32"
 
 

@@ -80,6 +80,7 @@ def test_load_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         "recipe": None,
         "threads": None,
         "n_ctx": 512,
+        "ram": None,
         "pad_rows": False,
         "history": False,
         "kv": None,

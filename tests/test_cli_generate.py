@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_spec.errors import BackendError, ContextLengthError, VocabMismatchError
+from edge_spec.errors import BackendError, BackendMemoryError, ContextLengthError, MemoryBudgetError, VocabMismatchError
 from edge_spec.types import FinishReason, GenerationResult, SamplingParams
 from tests.fake_engine import Answer, FakeEngine, FakeInfo, Transcript, run
 from tests.pseudo_terminal import Terminal
@@ -102,6 +102,7 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
         "recipe": None,
         "threads": None,
         "n_ctx": None,
+        "ram": None,
         "pad_rows": True,
         "history": False,
         "kv": None,
@@ -145,7 +146,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
         "--frequency-penalty 0.3 --seed 9"
     )
-    load += " --draft-backend onnx --ctx 99 --no-pad --history --kv q8_0"
+    load += " --draft-backend onnx --ctx 99 --ram 3GiB --no-pad --history --kv q8_0"
     transcript = run("generate", "x", *f"{load} {text} {sampling}".split())
     assert transcript.code == 0
     assert engine.loaded_with == {
@@ -159,6 +160,7 @@ def test_every_option_reaches_the_engine(engine: FakeEngine) -> None:
         "recipe": "exact",
         "threads": 3,
         "n_ctx": 99,
+        "ram": "3GiB",
         "pad_rows": False,
         "history": True,
         "kv": "q8_0",
@@ -432,3 +434,12 @@ def test_a_reference_of_no_use_is_refused_before_anything_loads(
     assert transcript.code == 2
     assert says in transcript.err
     assert engine.loaded_with is None
+
+
+def test_what_does_not_fit_the_memory_exits_with_3(engine: FakeEngine) -> None:
+    engine.load_error = MemoryBudgetError(2**30, 2**29, 1024, "big needs 1.00GiB; what fits: --ctx 1024")
+    transcript = run("generate", "x", "--ram", "512MiB")
+    assert transcript.code == 3
+    assert "--ctx 1024" in transcript.err
+    engine.load_error = BackendMemoryError("not enough memory for loading big")
+    assert run("generate", "x").code == 3

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_spec.errors import BackendError
+from edge_spec.errors import BackendError, BackendMemoryError
 
 MEMORY_REMEDY = "lower --ctx (n_ctx=), do without a draft model (--drafter lookup), or take a smaller model"
 
@@ -40,7 +40,7 @@ def translated(doing: str) -> Iterator[None]:
             kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
         ]
         if isinstance(exc, MemoryError) or "bad_alloc" in str(exc):
-            raise BackendError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
+            raise BackendMemoryError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
         if not isinstance(exc, (RuntimeError, ValueError, *kinds)):
             raise
         raise BackendError(f"ONNX Runtime failed while {doing}: {exc}") from exc

@@ -23,6 +23,7 @@ from edge_spec.backends.top_k import top_k
 from edge_spec.cores import check_threads
 from edge_spec.errors import (
     BackendError,
+    BackendMemoryError,
     CacheUnsupportedError,
     ContextLengthError,
     RollbackUnsupportedError,
@@ -34,6 +35,7 @@ from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 _DEFAULT_N_CTX = 4096
+_ALLOCATION_FAILED = -2  # of llama_decode, for a compute buffer
 _SEQUENCE = 0  # the only sequence in the cache
 _KV_NAMES = ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 KV_TYPES = {name: GGMLType[name.upper()] for name in _KV_NAMES}
@@ -218,7 +220,7 @@ class LlamaModel:
         if code != 0:
             cached = self._library.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
             self._length = max(0, int(cached))
-            raise BackendError(
+            raise (BackendMemoryError if code == _ALLOCATION_FAILED else BackendError)(
                 f"{self.spec.name}: llama.cpp failed to decode {len(ids)} tokens (code {code}): {last_reason()}"
             )
         self._length += len(ids)

@@ -27,6 +27,7 @@ from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import (
     BackendError,
+    BackendMemoryError,
     BackendUnavailableError,
     ContextLengthError,
     ModelFormatError,
@@ -260,5 +261,5 @@ def _translated(ov: Any, doing: str) -> Iterator[None]:
         yield
     except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as exc:
         if isinstance(exc, (MemoryError, OSError)) or "bad_alloc" in str(exc):
-            raise BackendError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
+            raise BackendMemoryError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
         raise BackendError(f"OpenVINO {ov.__version__} failed while {doing}: {exc}") from exc

@@ -21,7 +21,8 @@ from edge_spec.checkpoint.graph import quantize_graph
 from edge_spec.checkpoint.metadata import tokenizer_metadata
 from edge_spec.checkpoint.optimum import run_optimum
 from edge_spec.errors import ModelFormatError, StorageError, UsageError
-from edge_spec.export.exporter import MODEL, SOURCE, WEIGHTS, ByteProgress
+from edge_spec.export.exporter import MODEL, SOURCE, WEIGHTS
+from edge_spec.export.filling import ByteProgress
 from edge_spec.export.folder import REMEDY, check_files, describe, is_export, new_folder, read_description
 from edge_spec.export.recipe import Recipe
 from edge_spec.store.pull import Note, exclusive
@@ -142,6 +143,8 @@ def export_graph(
     """
     if path.exists():
         raise UsageError(f"{path} exists already; remove it or name another folder")
+    if recipe.corrected:
+        raise UsageError(f"the recipe {recipe.name} is for GGUF sources: choose int4 or int8 for a checkpoint")
     if recipe.exact or recipe.head_rows:
         raise UsageError(f"the recipe {recipe.name} takes a GGUF: a checkpoint has no such tensors, and a whole head")
     n_vocab = checkpoint.get_int("vocab_size")

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError, UsageError
-from edge_spec.export.exporter import CHUNK_WEIGHTS, ByteProgress
+from edge_spec.export.filling import CHUNK_WEIGHTS, ByteProgress
 from edge_spec.export.layout import ALIGNMENT
 from edge_spec.export.quantize import pack_zeros, quantize_rows
 from edge_spec.export.recipe import Recipe

@@ -44,6 +44,7 @@ def bench(
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,
     ctx: options.CtxOption = None,
+    ram: options.RamOption = None,
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
 ) -> None:
@@ -75,6 +76,7 @@ def bench(
         recipe=recipe,
         threads=threads,
         ctx=ctx,
+        ram=ram,
         no_pad=False,
     )
     pairs: list[Pair] = []

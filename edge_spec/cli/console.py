@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from edge_spec.errors import EdgeSpecError, UsageError
+from edge_spec.errors import BackendMemoryError, EdgeSpecError, MemoryBudgetError, UsageError
 from edge_spec.sizes import format_size
 from edge_spec.types import Progress
 
@@ -40,7 +40,7 @@ def error_boundary() -> Iterator[None]:
             )
             print(f"error: {reason}", file=sys.stderr)
         _discard_unwritten()
-        sys.exit(BAD_USAGE if isinstance(exc, UsageError) else FAILED)
+        sys.exit(exit_code(exc))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
@@ -55,6 +55,13 @@ def all_streams_open() -> Iterator[None]:
             setattr(sys, name, stack.enter_context(Path(os.devnull).open(modes[name], encoding="utf-8")))
             stack.callback(setattr, sys, name, None)
         yield
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command that ended in `error` exits with."""
+    if isinstance(error, (MemoryBudgetError, BackendMemoryError)):
+        return DOES_NOT_FIT
+    return BAD_USAGE if isinstance(error, UsageError) else FAILED
 
 
 def _discard_unwritten() -> None:

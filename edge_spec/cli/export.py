@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edge_spec.cli.console import byte_progress, print_note
+from edge_spec.cli.quality import report_quality
 from edge_spec.errors import UsageError
 from edge_spec.sizes import format_size
 
@@ -34,7 +35,9 @@ def export(
         str | None,
         typer.Option(help="The target that this will draft for: 4 bits, and in ONNX a trimmed output head."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="int4, int8 or exact. Default: follows the source.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="int4, int4-accurate, int8 or exact. Default: follows the source.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8 bits a weight, for a recipe of your own.")] = None,
     block: Annotated[int | None, typer.Option(help="Weights that share a scale, for a recipe of your own.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
@@ -47,6 +50,10 @@ def export(
         Path | None,
         typer.Option(help="Checkpoint: a Python that has optimum. Default: this one, else an environment made once."),
     ] = None,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Compare it with its source, on texts: a table, and quality.json in the folder."),
+    ] = False,
 ) -> None:
     """Export a model: to ONNX with 4- or 8-bit weights, or to a GGUF of another type (`--to gguf --type Q4_0`).
 
@@ -65,9 +72,11 @@ def export(
     if draft_of is not None and (recipe is not None or bits is not None or block is not None):
         raise UsageError("--draft-of decides the recipe: drop --recipe, --bits and --block")
 
+    _refuse(as_gguf or draft_of is not None, {"--report": report or None}, "is for an ONNX target with its whole head")
     store = Store()
     folder = Path(source).expanduser()
     if is_checkpoint(folder):
+        _refuse(True, {"--report": report or None}, "takes a GGUF, which the export is compared with")
         _refuse(as_gguf, {"--format gguf": True}, "takes a GGUF: llama.cpp's converter makes one of a checkpoint")
         _refuse(True, {"--draft-of": draft_of}, "takes a GGUF: a checkpoint's head cannot be trimmed")
         chosen = _choose(None, recipe, bits, block)
@@ -81,7 +90,10 @@ def export(
         return
     recipe = "draft" if draft_of is not None else recipe
     model = store.resolve(source)
-    _tell(_export_gguf(store, source, to, _choose(model.path, recipe, bits, block), threads))
+    made = _export_gguf(store, source, to, _choose(model.path, recipe, bits, block), threads)
+    if report:
+        report_quality(store, model.path, made.path, threads)
+    _tell(made)
 
 
 def _export_gguf(store: Store, source: str, to: str | None, recipe: Recipe, threads: int | None) -> Export:
@@ -143,6 +155,8 @@ def _requantize(
 
 
 def _tell(made: Export | GraphExport) -> None:
+    if made.recipe.corrected and not getattr(made, "n_calibration_tokens", 0):
+        print_note("its tokenizer or template cannot read the calibration text: weights are rounded to nearest")
     if made.requantized:
         print_note(f"no exact form for {', '.join(made.requantized)} tensors: stored with {made.recipe.bits} bits")
     print_note(f"{format_size(made.weight_bytes)} of weights")

@@ -90,6 +90,13 @@ CtxOption = Annotated[
         "--ctx", min=1, help="Window in tokens (default: 4096, or what the model has).", rich_help_panel=_MODEL
     ),
 ]
+RamOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory to hold: a size like 3GiB, or a device's name (default: what the machine has to spare).",
+        rich_help_panel=_MODEL,
+    ),
+]
 KvOption = Annotated[
     str | None,
     typer.Option(
@@ -262,6 +269,7 @@ def load_engine(
     recipe: str | None,
     threads: int | None,
     ctx: int | None,
+    ram: str | None,
     no_pad: bool,
     history: bool = False,
     kv: str | None = None,
@@ -283,6 +291,7 @@ def load_engine(
             recipe=recipe,
             threads=threads,
             n_ctx=ctx,
+            ram=ram,
             pad_rows=not no_pad,
             history=history,
             kv=kv,

@@ -13,6 +13,7 @@ from edge_spec.decoding.drafter import Drafter, NoDrafter, Request
 from edge_spec.decoding.history import History
 from edge_spec.decoding.sampling import make_sampler
 from edge_spec.decoding.session import Session
+from edge_spec.decoding.supervisor import MEMORY_FAILURES, Interruptions, Supervisor, Unsupervised
 from edge_spec.decoding.verify import verify
 from edge_spec.errors import ContextLengthError, GenerationCancelled, UsageError
 from edge_spec.types import Draft, DrafterStats, Eviction, FinishReason, Hole, ModelSpec, Progress, SamplingParams
@@ -22,7 +23,8 @@ from edge_spec.types import Draft, DrafterStats, Eviction, FinishReason, Hole, M
 class Step:
     """The tokens that one pass of the target yielded: the accepted drafts and the token after them.
 
-    A stop id is the last of `tokens`; nothing follows it. `tokens` is empty only where the generation was cancelled.
+    A stop id is the last of `tokens`; nothing follows it. `tokens` is empty only where the generation was cancelled, or
+    stopped for want of memory.
     """
 
     tokens: list[int]
@@ -97,6 +99,7 @@ class SpeculativeDecoder:
         eviction: Eviction | None = None,
         cancelled: Callable[[], bool] | None = None,
         on_progress: Progress | None = None,
+        supervisor: Supervisor | None = None,
     ) -> Iterator[Step]:
         """Continue `prompt_ids`; yields every step as soon as it is decided.
 
@@ -104,7 +107,8 @@ class SpeculativeDecoder:
         (CONTEXT_FULL), or when `cancelled()` turns true or `on_progress(read, to_read)`, called while the prompt is
         being read, returns False (CANCELLED; takes effect within one step, or one chunk of the prompt).
         `max_draft` caps the drafts of all drafters. `references`: texts, as ids, that a drafter may copy from;
-        `archive`: what the context has lost, which may be copied from too. Leaving the iterator early is fine.
+        `archive`: what the context has lost, which may be copied from too. `supervisor` may step in between steps, and
+        between the chunks of the prompt. Leaving the iterator early is fine.
 
         `holes`: what was evicted from the prompt while it was read. `eviction`: what goes when the window is full, so
         that the text goes on; the same goes at the same place whatever drafts.
@@ -124,6 +128,7 @@ class SpeculativeDecoder:
             raise ContextLengthError(len(prompt_ids), spec.n_ctx)
 
         sampling = sampling or SamplingParams()
+        interruptions = Interruptions(cancelled or _never, on_progress, supervisor or Unsupervised())
         request = Request(
             sampling=sampling,
             rng=np.random.default_rng(sampling.seed),
@@ -134,7 +139,7 @@ class SpeculativeDecoder:
             references=tuple(tuple(text) for text in references),
             archive=tuple(archive),
             holes=tuple(holes),
-            cancelled=cancelled or _never,
+            cancelled=interruptions.wanted,
         )
         limits = _Limits(
             spec=lambda: self._session.spec,
@@ -144,7 +149,7 @@ class SpeculativeDecoder:
         )
         self.stats = DecodeStats(holes=list(holes))
         self._eviction, self._prune_to = eviction, None
-        return self._steps(History(prompt_ids), request, limits, self.stats, on_progress)
+        return self._steps(History(prompt_ids), request, limits, self.stats, interruptions)
 
     def prune(self, max_tokens: int) -> bool:
         """Before the next step, evict so that the context has at most `max_tokens` tokens; False if nothing may go.
@@ -157,38 +162,46 @@ class SpeculativeDecoder:
         return True
 
     def _steps(
-        self, history: History, request: Request, limits: _Limits, stats: DecodeStats, on_progress: Progress | None
+        self,
+        history: History,
+        request: Request,
+        limits: _Limits,
+        stats: DecodeStats,
+        interruptions: Interruptions,
     ) -> Iterator[Step]:
         sampler, lap, finish_reason = make_sampler(request.sampling), _Stopwatch(), None
-        try:
-            self._drafter.start(request)
-            while finish_reason is None:
-                lap()  # what passed since the last step was the caller's time
+        self._drafter.start(request)
+        while finish_reason is None:
+            lap()  # what passed since the last step was the caller's time
+            try:
                 self._make_room(history, limits)
                 draft = self._propose(history, request, limits)
                 stats.draft_s += lap()
                 stats.draft_model_s += draft.model_s
 
-                reading = _until(request.cancelled, on_progress if stats.steps == 0 else None)
+                reading = interruptions.watch(is_prompt=stats.steps == 0)
                 sequence, num_rows = history.tokens + draft.tokens, len(draft.tokens) + 1
                 decoded = self._session.decode(sequence, rows=num_rows, holes=stats.holes, on_progress=reading)
                 target_s = lap()
                 stats.target_s += target_s
 
                 verdict = verify(draft, decoded, sampler, request.rng, history)
-                self._drafter.observe(history.tokens, draft, verdict, target_s if stats.steps else None)
-                tokens = limits.cut([*draft.tokens[: verdict.num_accepted], verdict.next_token])
-                history.extend(tokens)
-                finish_reason = limits.finish_reason(history, may_evict=self._may_evict(history, limits))
-                accepted = min(verdict.num_accepted, len(tokens))
-                step = Step(tokens, draft.source, len(draft.tokens), accepted, finish_reason)
-                stats.add(step)
-                stats.own_s += lap()
-                if stats.steps == 1:
-                    stats.end_prefill()
-                yield step
-        except GenerationCancelled:
-            yield Step([], finish_reason=FinishReason.CANCELLED)
+            except (GenerationCancelled, *MEMORY_FAILURES) as interruption:
+                finish_reason = interruptions.settle(interruption)
+                if finish_reason is not None:
+                    yield Step([], finish_reason=finish_reason)
+                continue
+            self._drafter.observe(history.tokens, draft, verdict, target_s if stats.steps else None)
+            tokens = limits.cut([*draft.tokens[: verdict.num_accepted], verdict.next_token])
+            history.extend(tokens)
+            finish_reason = limits.finish_reason(history, may_evict=self._may_evict(history, limits))
+            accepted = min(verdict.num_accepted, len(tokens))
+            step = Step(tokens, draft.source, len(draft.tokens), accepted, finish_reason)
+            stats.add(step)
+            stats.own_s += lap()
+            if stats.steps == 1:
+                stats.end_prefill()
+            yield step
 
     def _make_room(self, history: History, limits: _Limits) -> None:
         """Evict what has to go before the next step."""
@@ -263,16 +276,6 @@ class _Stopwatch:
     def __call__(self) -> float:
         last, self._last = self._last, perf_counter()
         return self._last - last
-
-
-def _until(cancelled: Callable[[], bool], on_progress: Progress | None) -> Progress:
-    """A progress callback that tells `on_progress` and asks to stop once either wants it."""
-
-    def progress(done: int, total: int) -> bool:
-        wanted = on_progress is None or on_progress(done, total) is not False
-        return wanted and not cancelled()
-
-    return progress
 
 
 def _most_tokens(n_ctx: int, prompt: int, max_tokens: int | None, *, endless: bool) -> int:

@@ -24,13 +24,18 @@ class Session:
     the hole serves, and the rest is read as it was read at first: up to where the tokens went, then on without them.
     """
 
-    def __init__(self, model: CausalLM, *, exact: bool = True) -> None:
-        """`exact=False`, for a draft: holes are not told apart, and what was evicted is never read for their sake."""
+    def __init__(self, model: CausalLM, *, exact: bool = True, chunk: int = PREFILL_CHUNK) -> None:
+        """`exact=False`, for a draft: holes are not told apart, and what was evicted is never read for their sake.
+
+        `chunk`: tokens of a long sequence that are read at a time; fewer take less memory.
+        """
         self._model = model
         self._exact = exact
+        self._chunk = chunk
         # None: unknown, because a call into the backend did not come back. The next use then starts from nothing.
         self._cached: list[int] | None = None
         self._holes: list[Hole] = []
+        self._asked = 0
         self.num_refused_rollbacks = 0
         """Times that the backend could not shorten its cache, so that a whole context had to be read again."""
 
@@ -38,6 +43,11 @@ class Session:
     def spec(self) -> ModelSpec:
         """What the model is and can do."""
         return self._model.spec
+
+    @property
+    def asked_length(self) -> int:
+        """Tokens of the sequence that was asked for last."""
+        return self._asked
 
     def decode(
         self,
@@ -47,14 +57,14 @@ class Session:
         want: Output = Output.LOGITS,
         holes: Sequence[Hole] = (),
         on_progress: Progress | None = None,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
     ) -> Decoded:
         """Bring the cache to `context` and return what is wanted of its last `rows` positions: see `CausalLM.decode`.
 
-        Reads only what the cache does not hold, `chunk` tokens at a time, calling `on_progress(read, to_read)` after
-        each; at least the last `rows` tokens are read again. `1 <= rows <= min(len(context), spec.max_rows)`. `holes`,
-        oldest first, are what the context has lost; where the backend cannot evict, or the window is too small to read
-        what was lost once more, they are taken for never read.
+        Reads only what the cache does not hold, `chunk` tokens (by default the session's) at a time, calling
+        `on_progress(read, to_read)` after each; at least the last `rows` tokens are read again.
+        `1 <= rows <= min(len(context), spec.max_rows)`. `holes`, oldest first, are what the context has lost; where the
+        backend cannot evict, or the window is too small to read what was lost once more, they are taken for never read.
 
         Raises ContextLengthError before anything is read if the context is longer than n_ctx; GenerationCancelled if
         `on_progress` returns False (what was read stays); BackendError from the backend (the session then starts
@@ -65,10 +75,11 @@ class Session:
         if len(sequence) > self.spec.n_ctx:
             raise ContextLengthError(len(sequence), self.spec.n_ctx)
 
+        self._asked = len(sequence)
         holes, limit = self._usable(sequence, holes), len(sequence) - rows
         assert not (holes and self._exact) or holes[-1].read <= limit, (holes[-1].read, limit)
         pending = self._num_known(holes) < len(holes)
-        reading = _Reading(on_progress, self.count_unread(sequence, holes) if pending else 0, chunk)
+        reading = _Reading(on_progress, self.count_unread(sequence, holes) if pending else 0, chunk or self._chunk)
         self._follow(sequence, holes, limit, reading)
         start = self._keep_prefix_of(sequence, limit)
         reading.correct(len(sequence) - start)
@@ -103,6 +114,20 @@ class Session:
         reach = getattr(self._model, "reach", None)
         if reach is not None:
             reach(tokens)
+
+    def resize(self, n_ctx: int) -> None:
+        """Change the window to `n_ctx` tokens, which a cache gives memory back for; see `CausalLM.resize`.
+
+        Of what is cached the beginning stays, as far as it fits.
+        """
+        cached, self._cached = self._cached, None
+        if cached is None or len(cached) > n_ctx:
+            # A context with holes is read again: its beginning alone is that of no other.
+            cached = (cached or [])[: 0 if self._holes else n_ctx]
+            self._holes = []
+            self._model.rollback(len(cached))
+        self._model.resize(n_ctx)
+        self._cached = cached
 
     def forget(self) -> None:
         """Take the cache for empty: the next decode reads its whole sequence."""

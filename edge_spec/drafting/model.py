@@ -43,7 +43,7 @@ class ModelDrafter(Drafter):
     target's, from the `TOP_K` tokens that are most likely before them; that very distribution is the draft's q.
 
     A draft has `draft_tokens` tokens, or as many as `pace` says where that is set, after `start`. Owns the session and
-    closes its model.
+    closes its model. The model may be unloaded in the middle of a generation, which then goes on without drafts.
     """
 
     name = "model"
@@ -60,6 +60,17 @@ class ModelDrafter(Drafter):
         self._holes: tuple[Hole, ...] = ()
         self._num_reached = 0
         self._lost = False
+        self._unloaded = False
+
+    @property
+    def is_unloaded(self) -> bool:
+        """Whether the model was given up; nothing is drafted then."""
+        return self._unloaded
+
+    def unload(self) -> None:
+        """Give the model's memory back for good; not while a pass is running."""
+        self._unloaded = True
+        self._session.close()
 
     @property
     def session(self) -> Session:
@@ -101,7 +112,7 @@ class ModelDrafter(Drafter):
         self._num_reached = len(context)
         if max(new, default=0) >= session.spec.n_vocab:
             self._lost = True  # a token of the target's padding: this model cannot read on
-        if self._lost:
+        if self._lost or self._unloaded:
             return Draft([], source=self.name)
         session.reach(new)
         room = min(max_tokens, session.spec.n_ctx - len(context) + 1)

@@ -89,13 +89,19 @@ class Planner(Drafter):
         self._fixed = fixed
         self._is_fixed = False
         self._copiers = (lookup, *more)
-        self._model = model
+        self._given_model = model
         self._max_draft = max_draft
         self._room = max_draft
         self._guesses: list[Draft] = []
         self._guessed_at = 0
         self._prompt_length = self._max_length = 0
         self._written, self._uncopied = _WRITTEN, _UNCOPIED
+
+    @property
+    def _model(self) -> ModelDrafter | None:
+        """The draft model, None where there is none, or none any more."""
+        model = self._given_model
+        return None if model is None or model.is_unloaded else model
 
     @property
     def costs(self) -> Costs:
@@ -159,8 +165,8 @@ class Planner(Drafter):
         """Close the drafters."""
         for copier in self._copiers:
             copier.close()
-        if self._model is not None:
-            self._model.close()
+        if self._given_model is not None:
+            self._given_model.close()
 
     # The model asks these while it drafts. What they go by may not depend on what was drawn (see `Pace`).
 

@@ -13,22 +13,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError, StorageError, UnsupportedArchitectureError, UsageError
 from edge_spec.export.architecture import DecoderConfig, bias_shapes, tensor_shapes
+from edge_spec.export.calibration import calibration_texts
+from edge_spec.export.filling import ByteProgress, Filler
 from edge_spec.export.folder import DESCRIPTION, REMEDY, check_files, describe, is_export, new_folder, read_description
 from edge_spec.export.graph import Weights, build_graph
-from edge_spec.export.layout import Job, Layout, plan_layout
-from edge_spec.export.quantize import QuantizedRows, pack_zeros, quantize_rows, repack_exact
+from edge_spec.export.layout import Layout, plan_layout
 from edge_spec.export.reading import read_config
 from edge_spec.export.recipe import Recipe
 from edge_spec.export.trim import head_ids
@@ -42,12 +40,6 @@ EXPORTER_VERSION = 3
 MODEL, WEIGHTS, SOURCE = "model.onnx", "weights.bin", "source.gguf"
 HEAD_IDS = "head_ids.npy"
 
-CHUNK_WEIGHTS = 1 << 20
-"""Weights that a worker turns at a time: its temporaries stay in the cache and the peak stays small."""
-
-ByteProgress = Callable[[int, int], object]
-"""Called as `progress(done_bytes, total_bytes)` of the source tensors."""
-
 
 @dataclass(frozen=True, slots=True)
 class Export:
@@ -60,6 +52,8 @@ class Export:
     weight_bytes: int
     requantized: tuple[str, ...]
     """With an exact recipe: the source types that could not be carried over bit for bit."""
+    n_calibration_tokens: int = 0
+    """Tokens that the model read so that its weights could be rounded for them; 0: each was rounded by itself."""
 
     @property
     def model_file(self) -> Path:
@@ -104,6 +98,7 @@ def open_export(path: Path) -> Export:
             source_sha256=described["source_sha256"],
             weight_bytes=described["weight_bytes"],
             requantized=tuple(described["requantized"]),
+            n_calibration_tokens=described.get("n_calibration_tokens", 0),
         )
     except (KeyError, TypeError, AttributeError) as exc:
         raise ModelFormatError(f"{path / DESCRIPTION} is not complete: {exc!r}") from exc
@@ -156,7 +151,10 @@ def _whole_export(path: Path) -> Export | None:
 
 def export_key(recipe: Recipe) -> str:
     """What, besides the source, decides the bytes of an export, as eight hex digits."""
-    identity = json.dumps([EXPORTER_VERSION, asdict(recipe)], sort_keys=True)
+    values = asdict(recipe)
+    if not recipe.corrected:
+        del values["corrected"]  # exports from before there was such a thing are as good as new ones
+    identity = json.dumps([EXPORTER_VERSION, values], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
@@ -184,19 +182,24 @@ def export_model(
         tables = ["token_embd.weight"] if kept is None or config.tied else ["token_embd.weight", config.head_tensor]
         table_bytes = sum(gguf.tensors[name].n_bytes for name in tables)
         with new_folder(path, layout.n_bytes + table_bytes + (64 << 20)) as folder:
+            vectors = _vectors(gguf, config)
+            texts = calibration_texts(gguf, config.n_ctx_train, config.n_vocab) if recipe.corrected else []
             with (folder / WEIGHTS).open("wb") as file:
-                _fill(gguf, layout, file, threads or os.cpu_count() or 1, progress)
-            _write_graph(gguf, config, layout, folder)
+                filler = Filler(gguf, layout, file, threads or os.cpu_count() or 1, progress)
+                if texts:
+                    filler.correct(config, vectors, texts)
+                else:
+                    filler.round_to_nearest()
+            _write_graph(config, layout, vectors, folder)
             write_subset(gguf, folder / SOURCE, tables)
             if kept is not None:
                 np.save(folder / HEAD_IDS, kept)
-            _describe(config, recipe, layout, sha256, folder)
+            _describe(config, recipe, layout, sha256, folder, n_calibration_tokens=sum(map(len, texts)))
     return open_export(path)
 
 
-def _write_graph(gguf: GGUFFile, config: DecoderConfig, layout: Layout, folder: Path) -> None:
-    weights = Weights(layout.matrices, _vectors(gguf, config))
-    model = build_graph(config, weights, weights_file=WEIGHTS)
+def _write_graph(config: DecoderConfig, layout: Layout, vectors: dict[str, NDArray[np.float32]], folder: Path) -> None:
+    model = build_graph(config, Weights(layout.matrices, vectors), weights_file=WEIGHTS)
     (folder / MODEL).write_bytes(model.SerializeToString())
 
 
@@ -214,7 +217,9 @@ def _vectors(gguf: GGUFFile, config: DecoderConfig) -> dict[str, NDArray[np.floa
     return vectors | biases
 
 
-def _describe(config: DecoderConfig, recipe: Recipe, layout: Layout, sha256: str, folder: Path) -> None:
+def _describe(
+    config: DecoderConfig, recipe: Recipe, layout: Layout, sha256: str, folder: Path, *, n_calibration_tokens: int
+) -> None:
     requantized = {job.tensor.type.name for job in layout.jobs if recipe.exact and not job.exact}
     described: dict[str, Any] = {
         "exporter_version": EXPORTER_VERSION,
@@ -223,55 +228,6 @@ def _describe(config: DecoderConfig, recipe: Recipe, layout: Layout, sha256: str
         "decoder": config.to_json(),
         "weight_bytes": layout.weight_bytes,
         "requantized": sorted(requantized),
+        "n_calibration_tokens": n_calibration_tokens,
     }
     describe(folder, described)
-
-
-def _fill(gguf: GGUFFile, layout: Layout, file: BinaryIO, threads: int, progress: ByteProgress | None) -> None:
-    """Turn every source tensor, some rows at a time on each thread (NumPy lets go of the interpreter's lock)."""
-    file.truncate(layout.n_bytes)
-    total, done = sum(job.tensor.row_bytes * job.n_rows for job in layout.jobs), 0
-    lock = Lock()
-
-    def turn(job: Job, rows: slice) -> None:
-        nonlocal done
-        quantized = _quantize(gguf, job, rows)
-        matrix, first = job.matrix, job.first_row + rows.start
-        with lock:
-            stored = [(matrix.packed, quantized.packed), (matrix.scales, quantized.scales)]
-            if matrix.zeros is not None and quantized.zeros is not None:
-                stored.append((matrix.zeros, pack_zeros(quantized.zeros, matrix.bits)))
-            for span, values in stored:
-                file.seek(span.offset + first * (span.length // matrix.n_rows))
-                file.write(np.ascontiguousarray(values).data)
-            done += job.tensor.row_bytes * (rows.stop - rows.start)
-            if progress is not None:
-                progress(min(done, total), total)
-
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(turn, job, rows) for job in layout.jobs for rows in _row_chunks(job)]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if progress is not None:
-        progress(total, total)
-
-
-def _row_chunks(job: Job) -> Iterator[slice]:
-    n_rows, row_length = job.n_rows, job.tensor.shape[1]
-    step = max(1, CHUNK_WEIGHTS // row_length)
-    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
-
-
-def _quantize(gguf: GGUFFile, job: Job, rows: slice) -> QuantizedRows:
-    name, wanted = job.tensor.name, rows if job.picked is None else job.picked[rows]
-    if job.exact:
-        return repack_exact(gguf.raw(name)[wanted], job.tensor.type)
-    weights = gguf.dequantize(name, wanted)
-    if not np.isfinite(weights).all():
-        raise ModelFormatError(f"{gguf.path}: {name} holds values that are not finite")
-    zero_points = job.matrix.zeros is not None
-    return quantize_rows(weights, bits=job.matrix.bits, block=job.matrix.block, zero_points=zero_points)

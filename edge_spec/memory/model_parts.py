@@ -86,7 +86,7 @@ def _onnx_parts(model: _Model) -> list[Component]:
             weights.anonymous,
             mapped_bytes=weights.mapped,
             touched_bytes=weights.touched,
-            load_bytes=_export_bytes(facts, settings),
+            load_bytes=_export_bytes(model),
         ),
         model.cache(),
         model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx), grows=True),
@@ -118,7 +118,7 @@ def _openvino_parts(model: _Model) -> list[Component]:
             "weights",
             weights.anonymous,
             mapped_bytes=weights.mapped,
-            load_bytes=_export_bytes(facts, settings),
+            load_bytes=_export_bytes(model),
         ),
         model.cache(),
         model.part("rotary tables", 2 * compute.rope_bytes(facts, settings.n_ctx), grows=True),
@@ -153,10 +153,13 @@ def _llama_parts(model: _Model) -> list[Component]:
     return parts
 
 
-def _export_bytes(facts: ModelFacts, settings: Settings) -> int:
+def _export_bytes(model: _Model) -> int:
     """Memory for the moment that a model is exported, before it is loaded: each thread turns a chunk at a time."""
-    from edge_spec.export.exporter import CHUNK_WEIGHTS
+    from edge_spec.export.filling import CHUNK_WEIGHTS, corrected_bytes
 
+    facts, settings = model.facts, model.settings
     if facts.origin is Origin.EXPORT:
         return 0
+    if facts.config is not None and model.recipe is not None and model.recipe.corrected:
+        return runtime.EXPORTER + corrected_bytes(facts.config, settings.threads)
     return runtime.EXPORTER + settings.threads * CHUNK_WEIGHTS * runtime.EXPORT_BYTES_PER_WEIGHT

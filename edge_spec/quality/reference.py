@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_spec.benchmark.workload import Prompt
 from edge_spec.decoding.decoder import SpeculativeDecoder
@@ -69,16 +67,20 @@ def consult(
     written. Prompts that leave no room for an answer in the window are left out.
     """
     said = [_FORMAT, N_CTX, contender.identity, answer_tokens, [asdict(prompt) for prompt in prompts]]
-    path = cache_dir / f"reference-{_digest([*said, KEPT, WINDOW_TOKENS, text])}.npz"
-    if (kept := _read(path)) is not None:
-        return kept
     answers = _answers(contender, prompts, answer_tokens, cache_dir / f"answers-{_digest(said)}.jsonl", note)
     pieces = cut_text(contender.tokenizer, text, min(WINDOW_TOKENS, contender.model.spec.n_ctx))
-    if note is not None:
-        note("distributions of the reference", 0, 1)
-    made = Reference(tuple(pieces), tuple(answers), expect(contender, pieces), expect(contender, answers))
-    _write(path, made)
-    return made
+    scored = []
+    for name, passages in (("text", pieces), ("answers", answers)):
+        if note is not None:
+            note(f"the reference on its {name}", 0, 1)
+        ids = [(passage.ids, passage.start) for passage in passages]
+        path = cache_dir / f"expected-{_digest([_FORMAT, KEPT, contender.identity, ids])}.npz"
+        expected = _read(path)
+        if expected is None:
+            expected = expect(contender, passages)
+            _write(path, expected)
+        scored.append(expected)
+    return Reference(tuple(pieces), tuple(answers), *scored)
 
 
 def _answers(
@@ -118,28 +120,17 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-_PARTS = ("text", "answers")
-_ARRAYS = ("tokens", "log_probs", "rest", "actual")
-
-
-def _read(path: Path) -> Reference | None:
+def _read(path: Path) -> Expected | None:
     """What was kept, None if nothing (readable) was."""
     try:
         with np.load(path, allow_pickle=False) as kept:
-            text, answers = (_unpack(kept[f"{part}.ids"], kept[f"{part}.places"]) for part in _PARTS)
-            on_text, on_answers = (Expected(*(kept[f"{part}.{name}"] for name in _ARRAYS)) for part in _PARTS)
-            return Reference(text, answers, on_text, on_answers)
+            return Expected(*(kept[name] for name in Expected.__slots__))
     except (OSError, ValueError, KeyError, EOFError):
         return None
 
 
-def _write(path: Path, made: Reference) -> None:
-    arrays: dict[str, NDArray[Any]] = {}
-    passages_and_values = ((made.text, made.on_text), (made.answers, made.on_answers))
-    for part, (passages, expected) in zip(_PARTS, passages_and_values, strict=True):
-        arrays[f"{part}.ids"] = np.concatenate([passage.ids for passage in passages])
-        arrays[f"{part}.places"] = np.array([(len(passage.ids), passage.start) for passage in passages])
-        arrays |= {f"{part}.{name}": getattr(expected, name) for name in _ARRAYS}
+def _write(path: Path, expected: Expected) -> None:
+    arrays = {name: getattr(expected, name) for name in Expected.__slots__}
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,11 +140,3 @@ def _write(path: Path, made: Reference) -> None:
     except OSError as exc:
         partial.unlink(missing_ok=True)
         raise StorageError(f"what the reference said cannot be kept in {path.parent}: {exc}; make room") from exc
-
-
-def _unpack(ids: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[Passage, ...]:
-    passages, at = [], 0
-    for length, start in places.tolist():
-        passages.append(Passage(tuple(ids[at : at + length].tolist()), start))
-        at += length
-    return tuple(passages)

@@ -1,0 +1,176 @@
+"""Plans at many budgets: nothing that fits is refused, nothing that does not fit is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_spec import Engine
+from edge_spec.errors import MemoryBudgetError
+from edge_spec.memory import Estimate, Settings, estimate, facts_of_gguf
+from edge_spec.memory.budget import Bound, Budget, Counts
+from edge_spec.memory.plan import LEAST_N_CTX, SHORT_PASS, Freedom, Plan, foreign_bytes, make_plan, required_bytes
+from tests.tiny_models import write_tiny_gguf
+
+MIB = 1 << 20
+ASKED = 32768
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> Estimate:
+    """A target and a draft with much cache and few weights, so that every rung is worth something."""
+    folder = tmp_path_factory.mktemp("models")
+    target = write_tiny_gguf(folder / "target.gguf", n_layer=6, hidden=256, n_head=8, n_kv_head=8, ff=1024, n_ctx=65536)
+    draft = write_tiny_gguf(folder / "draft.gguf", n_layer=3, hidden=256, n_head=8, n_kv_head=8, ff=512, n_ctx=65536)
+    return estimate(facts_of_gguf(target), facts_of_gguf(draft), Settings(n_ctx=ASKED))
+
+
+def budget_of(n_bytes: int) -> Budget:
+    return Budget((Bound(n_bytes, "asked for"),))
+
+
+def plan_at(wanted: Estimate, n_bytes: int, **freedom: Any) -> Plan | None:
+    try:
+        return make_plan(wanted, budget_of(n_bytes), Freedom(**freedom))
+    except MemoryBudgetError:
+        return None
+
+
+def budgets(wanted: Estimate) -> range:
+    least = required_bytes(wanted.without_draft().at(n_ctx=LEAST_N_CTX, batch=1))
+    most = required_bytes(wanted)
+    return range(least - MIB, most + 2 * MIB, max(1, (most - least) // 40))
+
+
+def test_what_fits_is_loaded_as_it_was_asked_for(wanted: Estimate) -> None:
+    exact = required_bytes(wanted)
+    plan = plan_at(wanted, exact)
+    assert plan is not None
+    assert (plan.estimate, plan.given_up) == (wanted, ())
+    smaller = plan_at(wanted, exact - 1)
+    assert smaller is not None
+    assert smaller.given_up
+
+
+@pytest.mark.parametrize("freedom", [{}, {"n_ctx": False}, {"draft": False}, {"n_ctx": False, "draft": False}])
+def test_what_is_started_fits_and_what_fits_is_not_refused(wanted: Estimate, freedom: dict[str, Any]) -> None:
+    smallest = wanted.at(batch=SHORT_PASS)
+    if freedom.get("draft", True):
+        smallest = smallest.without_draft()
+    if freedom.get("n_ctx", True):
+        smallest = smallest.at(n_ctx=LEAST_N_CTX)
+    for n_bytes in budgets(wanted):
+        plan = plan_at(wanted, n_bytes, **freedom)
+        assert (plan is not None) == (required_bytes(smallest) <= n_bytes), n_bytes
+        if plan is not None:
+            assert required_bytes(plan.estimate) <= n_bytes
+            if not freedom.get("n_ctx", True):
+                assert plan.estimate.settings.n_ctx == ASKED
+            if not freedom.get("draft", True):
+                assert plan.estimate.draft is not None
+
+
+def test_more_memory_never_means_less(wanted: Estimate) -> None:
+    plans = [plan for n_bytes in budgets(wanted) if (plan := plan_at(wanted, n_bytes)) is not None]
+    drafted = [plan.estimate.draft is not None for plan in plans]
+    assert drafted == sorted(drafted), "the draft comes once there is room for it, and stays"
+    for kind in (False, True):
+        windows = [plan.estimate.settings.n_ctx for plan in plans if (plan.estimate.draft is not None) is kind]
+        assert windows == sorted(windows)
+        assert len(set(windows)) > 2
+    assert all(plan.estimate.settings.n_ctx >= ASKED // 2 for plan in plans if plan.estimate.draft is not None)
+
+
+def test_every_thing_that_is_given_up_is_said(wanted: Estimate) -> None:
+    for n_bytes in budgets(wanted):
+        plan = plan_at(wanted, n_bytes)
+        if plan is None:
+            continue
+        said, settings = " ".join(plan.given_up), plan.estimate.settings
+        assert ("no draft" in said) == (plan.estimate.draft is None)
+        assert (f"a window of {settings.n_ctx} tokens" in said) == (settings.n_ctx != ASKED)
+        assert ("at a time" in said) == (settings.batch == SHORT_PASS)
+
+
+def test_the_error_names_what_is_missing_and_what_would_fit(wanted: Estimate) -> None:
+    n_bytes = required_bytes(wanted.at(n_ctx=ASKED // 4, batch=SHORT_PASS))
+    with pytest.raises(MemoryBudgetError) as raised:
+        make_plan(wanted, budget_of(n_bytes), Freedom(n_ctx=False, draft=False))
+    error = raised.value
+    assert (error.required_bytes, error.budget_bytes) == (required_bytes(wanted), n_bytes)
+    assert error.largest_n_ctx == ASKED // 4
+    assert f"--ctx {ASKED // 4}" in str(error)
+    fitting = wanted.at(n_ctx=error.largest_n_ctx)
+    assert (
+        make_plan(fitting, budget_of(n_bytes), Freedom(n_ctx=False, draft=False)).estimate.settings.n_ctx == ASKED // 4
+    )
+    assert make_plan(wanted, budget_of(required_bytes(wanted.without_draft())), Freedom(n_ctx=False)).given_up == (
+        "no draft model",
+    )
+    with pytest.raises(MemoryBudgetError, match="take a smaller one") as hopeless:
+        make_plan(wanted, budget_of(1 * MIB), Freedom())
+    assert hopeless.value.largest_n_ctx == 0
+
+
+def test_a_smaller_cache_type_goes_before_the_window(wanted: Estimate) -> None:
+    wanted = wanted.at(backend="llama")
+    halved = wanted.at(batch=SHORT_PASS, kv="q8_0")
+    plan = make_plan(wanted, budget_of(required_bytes(halved)), Freedom(kv=("q8_0",)))
+    assert (plan.estimate.settings.kv, plan.estimate.settings.n_ctx) == ("q8_0", ASKED)
+    assert "a cache in q8_0" in plan.given_up
+
+
+def test_what_the_process_holds_for_others_counts(wanted: Estimate) -> None:
+    assert foreign_bytes(wanted, 0) == 0
+    others = 100 * MIB
+    own = sum(part.committed_bytes for part in wanted.components if part.owner == "process" and not part.grows)
+    exact = budget_of(required_bytes(wanted))
+    assert not make_plan(wanted, exact, Freedom(), held_bytes=own).given_up
+    assert make_plan(wanted, exact, Freedom(), held_bytes=own + 1).given_up
+    with pytest.raises(MemoryBudgetError):
+        make_plan(
+            wanted, budget_of(required_bytes(wanted) + others // 2), Freedom(False, False), held_bytes=own + others
+        )
+
+
+def test_a_limit_on_what_is_allocated_counts_what_is_never_touched(wanted: Estimate) -> None:
+    roomy = Bound(1 << 40, "asked for")
+    needed = required_bytes(wanted, Counts.ALLOCATED)
+    assert needed == required_bytes(wanted) + wanted.reserved_bytes
+    for counts in (Counts.ALLOCATED, Counts.MAPPED):
+        needed = required_bytes(wanted, counts)
+        assert not make_plan(wanted, Budget((roomy, Bound(needed, "a limit", counts))), Freedom()).given_up
+        assert make_plan(wanted, Budget((roomy, Bound(needed - 1, "a limit", counts))), Freedom()).given_up
+
+
+# Through the engine
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("EDGE_SPEC_HOME", str(tmp_path / "home"))
+    # In a process that has run other tests, what those left counts for others.
+    monkeypatch.setattr("edge_spec.memory.plan.foreign_bytes", lambda _wanted, _held: 0)
+    target = write_tiny_gguf(tmp_path / "target.gguf", n_vocab=512)
+    return {"target": target, "draft": write_tiny_gguf(tmp_path / "draft.gguf", n_vocab=512, seed=1)}
+
+
+def test_an_engine_says_what_it_gave_up(pair: dict[str, Any]) -> None:
+    facts = [facts_of_gguf(pair[name]) for name in ("target", "draft")]
+    alone = estimate(facts[0], None, Settings(n_ctx=512, threads=1))
+    with Engine.load(**pair, ram=required_bytes(alone), threads=1) as engine:
+        assert engine.info.draft is None
+        assert engine.info.given_up == ("no draft model",)
+        assert engine.info.planned_bytes is not None
+        assert engine.info.budget_bytes is not None
+        assert engine.info.planned_bytes <= engine.info.budget_bytes
+        assert "no draft model" in engine.info.notes[0]
+        assert "no draft model" in engine.generate("def", max_tokens=3).notes[0]
+
+
+def test_an_engine_refuses_what_does_not_fit_before_it_exports_anything(pair: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(MemoryBudgetError, match="may hold"):
+        Engine.load(**pair, ram="20MiB", threads=1)
+    assert not (tmp_path / "home" / "exports").exists()
