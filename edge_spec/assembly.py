@@ -10,6 +10,7 @@ from edge_spec.cache_file import CacheFile
 from edge_spec.decoding.drafter import Drafter, NoDrafter
 from edge_spec.decoding.session import Session
 from edge_spec.drafting import (
+    CascadeDrafter,
     Costs,
     HistoryDrafter,
     LookupDrafter,
@@ -51,6 +52,7 @@ def make_drafters(
         drafters["history"] = HistoryDrafter(past, max_draft=LOOKUP_TOKENS)
     if model is not None:
         drafters["model"] = model
+        drafters["cascade"] = CascadeDrafter(model.session, draft_tokens=draft_tokens or DRAFT_TOKENS)
     return drafters
 
 

@@ -95,8 +95,9 @@ class Engine:
         `draft_backend` defaults to `backend`, and to onnx where that is openvino.
 
         `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
-        "lookup", "reference" (texts that come with each prompt), "history", "model" or "none"; the draft is loaded for
-        "auto" and "model". `draft_tokens` is the longest draft of the model. `threads` defaults to the physical cores,
+        "lookup", "reference" (texts that come with each prompt), "history", "model", "cascade" (the model, itself
+        drafted for by lookup) or "none"; the draft is loaded for "auto", "model" and "cascade". `draft_tokens` is the
+        longest draft of the model. `threads` defaults to what `edge-spec doctor` found, else to the physical cores,
         `n_ctx` to 4,096 tokens or the model's own limit. `recipe` (of the target) defaults to 4 bits, or 8 where the
         source has more than 6. `pad_rows=False` gives up bit-for-bit equality between drafters at temperature 0 for a
         little speed of plain decoding.
@@ -345,7 +346,7 @@ class Engine:
             raise UsageError("the drafter 'reference' needs texts to copy from: give it reference=[...]")
         if name == "history" and name not in self._drafters:
             raise UsageError(NO_HISTORY)
-        if name == "model" and name not in self._drafters:
+        if name in ("model", "cascade") and name not in self._drafters:
             raise UsageError("no draft model was loaded: load the engine with a draft, or use 'lookup'")
         return self._drafters[name]
 

@@ -30,8 +30,8 @@ from edge_spec.store import DEFAULT_PAIR, Store
 from edge_spec.tokenizer import check_same_vocabulary
 from edge_spec.types import SamplingParams
 
-DRAFTERS = ("none", "lookup", "reference", "history", "model", "auto")
-WITH_MODEL = ("auto", "model")
+DRAFTERS = ("none", "lookup", "reference", "history", "model", "cascade", "auto")
+WITH_MODEL = ("auto", "model", "cascade")
 """Those that the draft model is loaded for."""
 MAX_DRAFT_TOKENS = 15
 
@@ -185,8 +185,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _refuse_options_of_a_draft(options: LoadOptions) -> None:
-    if options.drafter == "model":
-        raise UsageError("the drafter 'model' needs a draft model: name one, or use 'lookup'")
+    if options.drafter in ("model", "cascade"):
+        raise UsageError(f"the drafter {options.drafter!r} needs a draft model: name one, or use 'lookup'")
     for name in ("draft_tokens", "draft_backend"):
         if getattr(options, name) is not None:
             raise UsageError(f"{name} is for the draft model, and no draft model is used")

@@ -28,7 +28,7 @@ from tests.gguf_builder import TensorSpec, metadata_of, write_gguf
 
 pytestmark = pytest.mark.real
 
-DRAFTERS = ("lookup", "model", "auto")
+DRAFTERS = ("lookup", "model", "cascade", "auto")
 
 PROMPTS = (
     "Why is the sky blue?",

@@ -53,6 +53,7 @@ class DrafterName(StrEnum):
     REFERENCE = "reference"
     HISTORY = "history"
     MODEL = "model"
+    CASCADE = "cascade"
     AUTO = "auto"
 
 

@@ -30,6 +30,7 @@ class Session:
         `chunk`: tokens of a long sequence that are read at a time; fewer take less memory.
         """
         self._model = model
+        self._closed = False
         self._exact = exact
         self._chunk = chunk
         # None: unknown, because a call into the backend did not come back. The next use then starts from nothing.
@@ -153,7 +154,13 @@ class Session:
 
     def close(self) -> None:
         """Close the model."""
+        self._closed = True
         self._model.close()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the model was given back."""
+        return self._closed
 
     def _usable(self, sequence: list[int], holes: Sequence[Hole]) -> tuple[Hole, ...]:
         """The holes, or none where they cannot be made."""

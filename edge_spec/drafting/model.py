@@ -60,16 +60,14 @@ class ModelDrafter(Drafter):
         self._holes: tuple[Hole, ...] = ()
         self._num_reached = 0
         self._lost = False
-        self._unloaded = False
 
     @property
     def is_unloaded(self) -> bool:
         """Whether the model was given up; nothing is drafted then."""
-        return self._unloaded
+        return self._session.is_closed
 
     def unload(self) -> None:
         """Give the model's memory back for good; not while a pass is running."""
-        self._unloaded = True
         self._session.close()
 
     @property
@@ -112,7 +110,7 @@ class ModelDrafter(Drafter):
         self._num_reached = len(context)
         if max(new, default=0) >= session.spec.n_vocab:
             self._lost = True  # a token of the target's padding: this model cannot read on
-        if self._lost or self._unloaded:
+        if self._lost or self.is_unloaded:
             return Draft([], source=self.name)
         session.reach(new)
         room = min(max_tokens, session.spec.n_ctx - len(context) + 1)

@@ -147,7 +147,7 @@ class Planner(Drafter):
         written = verdict.num_accepted + 1
         self._written += written
         self._uncopied += 0 if draft.source in book.copies else written
-        if draft.source == ModelDrafter.name:
+        if self._given_model is not None and draft.source == self._given_model.name:
             book.model.observe_draft(draft.confidence, verdict.num_accepted)
         if target_s is None or self._is_fixed:
             return
