@@ -394,7 +394,7 @@ def test_a_padded_tail_does_not_matter(models: Path, tmp_path: Path) -> None:
     ("options", "says"),
     [
         ({"backend": "cuda"}, "onnx, openvino, llama"),
-        ({"drafter": "magic"}, "none, lookup, reference, history, model, auto"),
+        ({"drafter": "magic"}, "none, lookup, reference, history, model, cascade, auto"),
         ({"drafter": "model"}, "needs a draft model"),
         ({"drafter": "none", "draft": "draft.gguf"}, "no use for a draft"),
         ({"pair": "qwen2.5-coder"}, "not both"),
