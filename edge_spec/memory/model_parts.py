@@ -112,6 +112,7 @@ def _openvino_parts(model: _Model) -> list[Component]:
     matrices = model.matrices()
     weights = openvino_weights(matrices)
     activations = compute.openvino_activations(facts, settings.batch)
+    attention = compute.openvino_attention(facts, settings.n_ctx)
     return [
         model.part(
             "weights",
@@ -123,7 +124,7 @@ def _openvino_parts(model: _Model) -> list[Component]:
         model.part("rotary tables", 2 * compute.rope_bytes(facts, settings.n_ctx), grows=True),
         model.part(
             "compute buffers",
-            activations,
+            activations + attention,
             reserved_bytes=2 * activations,
             source=Source.MEASURED,
             grows=True,

@@ -35,11 +35,12 @@ def main() -> None:
     def tell(stage: str, **facts: Any) -> None:
         global _peak  # noqa: PLW0603  (one process, one peak)
         _sample()
+        # The mark starts anew before the parent looks, or it would find this stage's in the next one.
+        reset_peak()
         replies.write(json.dumps({"stage": stage, "peak": asdict(_peak), **facts}) + "\n")
         replies.flush()
-        sys.stdin.readline()
-        reset_peak()
         _peak = Memory()
+        sys.stdin.readline()
 
     from edge_spec.errors import EdgeSpecError
 
