@@ -122,10 +122,12 @@ def _train(torch: Any, options: argparse.Namespace) -> None:
 def _decoder(torch: Any, options: argparse.Namespace) -> Any:
     from torch.utils.checkpoint import checkpoint
 
-    nn, functional = torch.nn, torch.nn.functional
+    nn: Any = torch.nn
+    module: Any = nn.Module
+    functional = nn.functional
     hidden, heads = options.hidden, options.heads
 
-    class Norm(nn.Module):  # type: ignore[misc]
+    class Norm(module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(hidden))
@@ -133,7 +135,7 @@ def _decoder(torch: Any, options: argparse.Namespace) -> Any:
         def forward(self, x: Any) -> Any:
             return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
-    class Block(nn.Module):  # type: ignore[misc]
+    class Block(module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.norms = nn.ModuleList([Norm(), Norm()])
@@ -152,7 +154,7 @@ def _decoder(torch: Any, options: argparse.Namespace) -> Any:
             normed = self.norms[1](x)
             return x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
 
-    class Decoder(nn.Module):  # type: ignore[misc]
+    class Decoder(module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.embedding = nn.Embedding(options.vocab, hidden)
