@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,12 @@ def test_a_graph_of_another_layout_is_refused_by_what_it_lacks(graph: Path, tmp_
     onnx.save(model, str(tmp_path / "model.onnx"))
     with pytest.raises(UnsupportedArchitectureError, match=r"no present\.0\.key"):
         quantize_graph(tmp_path / "model.onnx", tmp_path / "out", tmp_path / "weights", RECIPES["int4"])
+
+
+@pytest.mark.parametrize("recipe", ["exact", "draft"])
+def test_a_recipe_that_takes_a_gguf_is_refused(recipe: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"the recipe {recipe} takes a GGUF"):
+        export(checkpoint, tmp_path / "out", recipe)
 
 
 # The store
@@ -338,7 +345,20 @@ def test_optimum_gets_no_network_and_a_pipe_that_ends_with_us(tmp_path: Path, mo
 def test_a_python_without_optimum_is_refused_with_what_to_install() -> None:
     with pytest.raises(BackendUnavailableError, match=r"optimum-onnx.*--optimum-python"):
         find_python(Path("/nowhere/python"))
+
+
+def test_this_python_is_taken_if_it_has_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: set[str] = set()
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(metadata, "version", version)
     assert find_python(None) is None
+    installed |= {"optimum-onnx", "torch"}
+    assert find_python(None) == Path(sys.executable)
 
 
 # A disk that is full, a process that is killed

@@ -142,8 +142,8 @@ def export_graph(
     """
     if path.exists():
         raise UsageError(f"{path} exists already; remove it or name another folder")
-    if recipe.exact:
-        raise UsageError(f"the recipe {recipe.name} carries GGUF tensors over, and a checkpoint has none")
+    if recipe.exact or recipe.head_rows:
+        raise UsageError(f"the recipe {recipe.name} takes a GGUF: a checkpoint has no such tensors, and a whole head")
     n_vocab = checkpoint.get_int("vocab_size")
     keys = tokenizer_metadata(checkpoint, n_vocab)
     n_weights = _count_weights(checkpoint)

@@ -49,12 +49,13 @@ class Costs:
         """Tokens a second of the best fixed length of the model's drafts, and that length, from 0 to `max_draft`.
 
         `chance`: that a drafted token is accepted, given that all before it were. `reading_s`: what is paid for reading
-        before each draft. The expected tokens of a step are those of Leviathan et al. (arXiv 2211.17192, 3.1).
+        beforehand, for each token that profits from it. The expected tokens of a step are those of Leviathan et al.
+        (arXiv 2211.17192, 3.1).
         """
         rate, best, tokens = 1 / self.target_s(1), 0, 1.0
         for n in range(1, max_draft + 1):
             tokens += chance**n
-            drafted = tokens / (self.target_s(n + 1) + n * self.draft_s + reading_s)
+            drafted = tokens / (self.target_s(n + 1) + n * self.draft_s + tokens * reading_s)
             if drafted > rate:
                 rate, best = drafted, n
         return rate, best

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,10 @@ from edge_spec.decoding.drafter import Drafter, Request
 from edge_spec.decoding.history import History
 from edge_spec.decoding.sampling import Sampler, draw, make_sampler
 from edge_spec.decoding.session import Session
-from edge_spec.types import TOP_K, Context, Draft, Hole, Logits, Output, SparseProbs
+from edge_spec.types import TOP_K, Context, Draft, Hole, Logits, Output, SparseProbs, TopK
+
+Row: TypeAlias = tuple[NDArray[np.int64], Logits, np.float32]
+"""The likeliest tokens at one position: ids, their logits, the log of the sum over all of the vocabulary."""
 
 
 class Pace(Protocol):
@@ -110,9 +113,9 @@ class ModelDrafter(Drafter):
         confidence: list[float] = []
         self.passes = []
         while len(tokens) < room:
-            if self.pace is not None and not self.pace.worth_drafting(confidence):
+            if not self._is_known(history) and self.pace is not None and not self.pace.worth_drafting(confidence):
                 break
-            ids, logits, log_sum = self._decode(history, request)
+            ids, logits, log_sum = self._likeliest(history, request)
             if not len(ids):
                 break
             probs = None if sampler.greedy else sampler.probs(logits, history, ids)
@@ -140,21 +143,34 @@ class ModelDrafter(Drafter):
         self._history.follow(context)
         return self._history
 
-    def _decode(self, history: History, request: Request) -> tuple[NDArray[np.int64], Logits, np.float32]:
-        """The likeliest tokens after `history` that the target knows: ids, logits, log of the sum over all."""
-        started, unread = perf_counter(), self.count_unread(history.tokens)
+    def _is_known(self, history: History) -> bool:  # noqa: ARG002 - for those that look ahead
+        """Whether `_likeliest` needs no pass of the model."""
+        return False
+
+    def _likeliest(self, history: History, request: Request) -> Row:
+        """The likeliest tokens after `history`."""
+        return known_part(self._pass(history.tokens, 1, request), 0, request)
+
+    def _pass(self, tokens: list[int], rows: int, request: Request) -> TopK:
+        """The likeliest tokens after each of the last `rows` of `tokens`, by a pass of the model."""
+        started, unread = perf_counter(), self.count_unread(tokens)
         decoded = self._session.decode(
-            history.tokens,
+            tokens,
+            rows=rows,
             want=Output.TOP_K,
             holes=self._holes,
             on_progress=lambda _done, _total: not request.cancelled(),
         )
         self.passes.append((unread, perf_counter() - started))
-        top = decoded.top
-        assert top is not None, "it was wanted"
-        known = top.ids[0] < request.n_vocab  # this model's padding may be longer
-        return top.ids[0, known], top.logits[0, known], top.log_sum[0]
+        assert decoded.top is not None, "it was wanted"
+        return decoded.top
 
     def close(self) -> None:
         """Close the draft model."""
         self._session.close()
+
+
+def known_part(top: TopK, row: int, request: Request) -> Row:
+    """What the target knows of a row: the draft's padding may be longer."""
+    known = top.ids[row] < request.n_vocab
+    return top.ids[row, known], top.logits[row, known], top.log_sum[row]

@@ -28,11 +28,11 @@ HISTORY_SCALE: Scale = ((3, 0.3), (4, 0.4), (6, 0.55), (9, 0.7), (14, 0.85), (24
 MODEL_SCALE: Scale = ((0.0, 0.26), (0.3, 0.47), (0.5, 0.68), (0.7, 0.83), (0.85, 0.93), (0.95, 0.975), (0.99, 0.995))
 """A model's confidence is the probability that it gives its most likely token."""
 
-_PROFITING_TOKENS, _TOKENS_PER_STEP = 256, 3
-"""What the model reads now is taken to serve the next so many tokens, in steps of so many."""
+_PROFITING_TOKENS = 256
+"""What the model reads now is taken to serve at most the next so many tokens."""
 
 
-_WRITTEN, _UNCOPIED = 16, 12
+_WRITTEN, _UNCOPIED = 16, 10
 """What a generation starts from: of so many tokens, so many are not copied. Only those profit from what the model has
 read."""
 
@@ -52,7 +52,7 @@ class Book:
     def set_rate(self, max_draft: int, reading_s: float = 0.0) -> bool:
         """Find the rate for drafts of up to `max_draft` tokens of the model; returns whether it is one of the model's.
 
-        `reading_s`: what has to be paid for reading before each draft.
+        `reading_s`: what has to be paid for reading, for each token that profits from it.
         """
         self.rate, length = self.costs.best_fixed(self.model.mean, max_draft, reading_s)
         return length > 0
@@ -187,13 +187,13 @@ class Planner(Drafter):
         return len(confidence) < self._room and book.worth([*before, last, mean], book.costs.draft_s) > now
 
     def _reading_s(self, context: Context) -> float:
-        """What the model has to read before it can draft, spread over the steps that will profit from it."""
+        """What the model has to read before it can draft, spread over the tokens that will profit from it."""
         if self._model is None:
             return 0.0
         unread = max(0, self._model.count_unread(context) - 2)
         tokens_left = min(self._max_length - len(context), _PROFITING_TOKENS)
         profiting = tokens_left * self._uncopied / self._written
-        return unread * self._book.costs.read_s / max(1.0, profiting / _TOKENS_PER_STEP)
+        return unread * self._book.costs.read_s / max(1.0, profiting)
 
     def _best_beginning(self, draft: Draft) -> tuple[float, Draft]:
         """What as much of a copied draft as is worth its rows is worth, by this book, and that much of it."""

@@ -151,8 +151,8 @@ def as_text(
     lines = []
     for task, chosen in by_task(prompts).items():
         lines += [f"{task}: {len(chosen)} prompts", ""]
-        head = ("", "tok/s", "ttft s", "tok/step", "accepted", "tokens")
-        lines += _table(head, [_figures_row(name, summarise(answers[name], chosen)) for name in answers])
+        columns = ("", "tok/s", "ttft s", "tok/step", "accepted", "tokens")
+        lines += _table(columns, [_figures_row(name, summarise(answers[name], chosen)) for name in answers])
         others = [name for name in answers if name != reference]
         if others:
             head = (f"{reference} over", "tok/s", "median", "geo. mean", "worst", "end to end", "ttft", "same answers")
