@@ -34,7 +34,11 @@ DEFAULT_N_CTX = 4096
 
 BACKENDS = ("onnx", "openvino", "llama")
 
-KV_TYPES = {"onnx": ("f32", "q8"), "openvino": ("f32", "f16", "u8"), "llama": ("f16", "q8_0", "q4_0", "f32")}
+KV_TYPES = {
+    "onnx": ("f32", "q8"),
+    "openvino": ("f32", "f16", "u8"),
+    "llama": ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+}
 """What keys and values can be stored as, by backend; the first is what they are unless told otherwise."""
 
 _DISTRIBUTIONS = {"onnx": "onnxruntime", "openvino": "openvino", "llama": "llama-cpp-python"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_spec.backends._mapped_file import drop_file_pages
 from edge_spec.backends._rotation import turn_keys
 from edge_spec.export.architecture import DecoderConfig
 from edge_spec.export.reading import read_config
@@ -103,3 +105,24 @@ def test_a_window_past_the_short_one_turns_what_is_cached_to_its_own_embedding(t
     assert np.abs(other - expected).max() > 0.1
     short.close()
     long.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell")
+def test_mapped_pages_that_were_copied_are_dropped_and_come_back(tmp_path: Path) -> None:
+    size = 64 * mmap.PAGESIZE
+    file = tmp_path / "weights.bin"
+    file.write_bytes(bytes([7]) * size)
+
+    def resident() -> int:
+        told = Path("/proc/self/smaps").read_text().split(str(file))[1]
+        return int(told.split("Rss:")[1].split()[0]) << 10
+
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE) as pages:
+        assert sum(pages[:: mmap.PAGESIZE]) == 7 * 64
+        assert resident() == size
+        drop_file_pages(file)
+        assert resident() == 0
+        assert sum(pages[:: mmap.PAGESIZE]) == 7 * 64
+        pages[0] = 1  # a page of our own now
+        drop_file_pages(file)
+        assert pages[0] == 1

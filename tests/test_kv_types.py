@@ -19,6 +19,7 @@ from edge_spec.export import RECIPES, export_model
 from edge_spec.export.reading import read_config
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.loading import KV_TYPES
+from edge_spec.memory.kv import SUPPORTED_KV
 from tests.tiny_models import write_tiny_gguf
 
 PROMPTS = ("def merge", "list of the list of the list", "Is it sorted? Is it in order?")
@@ -42,6 +43,27 @@ def test_what_the_engine_offers_is_what_the_backends_take() -> None:
 
     assert set(KV_TYPES["openvino"]) == set(OPENVINO_TYPES)
     assert set(KV_TYPES["llama"]) == set(LLAMA_TYPES)
+
+
+def test_what_is_estimated_can_be_asked_for() -> None:
+    for backend, types in SUPPORTED_KV.items():
+        assert set(types) <= set(KV_TYPES[backend])
+        assert types[0] == KV_TYPES[backend][0]
+
+
+@pytest.mark.parametrize("kv", KV_TYPES["llama"])
+def test_every_type_of_llama_runs(models: Path, kv: str) -> None:
+    from edge_spec.backends import llama
+
+    model = llama.load(models / "target.gguf", name="tiny", n_ctx=64, threads=1, kv=kv)
+    assert (model.spec.kv_type, model.spec.can_resize) == (kv, True)
+    logits = model.decode(list(range(40)), rows=4).logits
+    assert np.isfinite(logits).all()
+    assert model.spec.can_evict == (kv != "bf16")
+    if model.spec.can_evict:
+        model.evict(3, 9)
+        assert np.isfinite(model.decode([1, 2, 3]).logits).all()
+    model.close()
 
 
 @pytest.mark.parametrize(

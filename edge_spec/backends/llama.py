@@ -35,7 +35,8 @@ from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 _DEFAULT_N_CTX = 4096
 _SEQUENCE = 0  # the only sequence in the cache
-KV_TYPES = {name: GGMLType[name.upper()] for name in ("f16", "q8_0", "q4_0", "f32")}
+_KV_NAMES = ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+KV_TYPES = {name: GGMLType[name.upper()] for name in _KV_NAMES}
 """What keys and values can be stored as."""
 
 
@@ -67,7 +68,8 @@ def load(
         raise UsageError(f"kv={kv!r}: the llama backend stores keys and values as {', '.join(KV_TYPES)}")
     library = import_library()
     with GGUFFile(path) as file:
-        shape, turns = CacheShape.read(file), _turns_keys(file)
+        # To turn keys of bf16 ends the process (0.3.36).
+        shape, turns = CacheShape.read(file), kv != "bf16" and _turns_keys(file)
     if any(width % KV_TYPES[kv].block_size for width in (shape.key_dim, shape.value_dim)):
         raise UsageError(f"kv={kv!r}: {name} has heads of {shape.key_dim} values, which are no whole blocks; use f16")
     model = load_model(library, path)

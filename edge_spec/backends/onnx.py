@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
 from edge_spec.backends._contiguous_cache import ContiguousCache
+from edge_spec.backends._mapped_file import drop_file_pages
 from edge_spec.backends._onnx_session import session_options, translated
 from edge_spec.backends._quantized_graph import quantized_graph
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
@@ -96,6 +97,7 @@ class OnnxModel:
             if kv_scales is not None:
                 self._bind_scales(kv_scales)
             self._bind_cache()
+        drop_file_pages(export.weights_file.resolve())  # the kernels have copies in an order of their own
 
     @property
     def spec(self) -> ModelSpec:

@@ -94,7 +94,7 @@ KvOption = Annotated[
     str | None,
     typer.Option(
         help="How keys and values are stored, the first unless given: f32 or q8 (onnx), f32, f16 or u8 (openvino), "
-        "f16, q8_0, q4_0 or f32 (llama).",
+        "f16, f32, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (llama).",
         rich_help_panel=_MODEL,
     ),
 ]

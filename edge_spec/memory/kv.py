@@ -33,12 +33,17 @@ def _ggml(kind: GGMLType) -> KvType:
 _U8_SCALES = 8
 """OpenVINO keeps float32 scales and zero points: as in `backends._paged_cache`."""
 
+_LLAMA = ("F16", "F32", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+
 KV_TYPES: dict[str, tuple[KvType, ...]] = {
     "onnx": (_ggml(GGMLType.F32), KvType("q8", 1, 1)),
     "openvino": (_ggml(GGMLType.F32), _ggml(GGMLType.F16), KvType("u8", 1, 1, _U8_SCALES)),
-    "llama": tuple(map(_ggml, (GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.F32))),
+    "llama": tuple(_ggml(GGMLType[name]) for name in _LLAMA),
 }
 """Types that each backend stores keys and values as, its own first: as in `loading.KV_TYPES`."""
+
+SUPPORTED_KV = {backend: tuple(kind.name for kind in kinds) for backend, kinds in KV_TYPES.items()}
+"""Their names."""
 
 OPENVINO_BLOCK = 32
 LLAMA_CELLS = 256
