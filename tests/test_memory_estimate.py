@@ -10,9 +10,9 @@ from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import UnsupportedArchitectureError, UsageError
 from edge_spec.export.exporter import export_model
 from edge_spec.export.recipe import RECIPES
-from edge_spec.formats.gguf import GGMLType
+from edge_spec.loading import KV_TYPES as LOADABLE
 from edge_spec.memory import Owner, Settings, estimate, facts_of_export, facts_of_gguf
-from edge_spec.memory.kv import cache_bytes
+from edge_spec.memory.kv import KV_TYPES, cache_bytes, find_kv_type
 from edge_spec.memory.weights import stored_bytes, stored_matrices
 from tests.gguf_builder import write_gguf
 from tests.tiny_models import PECULIARITIES, write_tiny_gguf
@@ -52,7 +52,7 @@ def test_cache_bytes_are_those_that_the_onnx_backend_allocates(tmp_path: Path) -
     held = [array.nbytes for name, array in model._held.items() if name.startswith("past_")]
     model.close()
 
-    assert cache_bytes(facts_of_gguf(source), N_CTX, "onnx", GGMLType.F32) == sum(held)
+    assert cache_bytes(facts_of_gguf(source), N_CTX, "onnx", find_kv_type(None, "onnx")) == sum(held)
 
 
 def test_the_largest_context_fits_and_the_next_one_does_not(tmp_path: Path) -> None:
@@ -91,3 +91,7 @@ def test_a_type_of_cache_elements_that_does_not_exist_is_refused(tmp_path: Path)
 
     with pytest.raises(UsageError, match="q9_0"):
         estimate(facts, None, Settings(kv="q9_0"))
+
+
+def test_the_types_of_cache_elements_are_those_that_the_engine_takes() -> None:
+    assert {backend: tuple(kind.name for kind in kinds) for backend, kinds in KV_TYPES.items()} == LOADABLE

@@ -104,6 +104,7 @@ def estimate(target: ModelFacts, draft: ModelFacts | None, settings: Settings) -
     if draft is not None:
         backends.append(settings.backend_of_draft)
         own = None if draft.origin is Origin.EXPORT else settings.draft_recipe or RECIPES["draft"]
-        at = replace(settings, n_ctx=min(settings.n_ctx, draft.n_ctx_train))
+        kv = settings.kv if settings.backend_of_draft == settings.backend else None
+        at = replace(settings, n_ctx=min(settings.n_ctx, draft.n_ctx_train), kv=kv)
         parts += model_parts(Owner.DRAFT, settings.backend_of_draft, draft, at, own)
     return Estimate(target, draft, settings, (*parts, *process_parts(target, backends, settings)))

@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.errors import UsageError
 from edge_spec.formats.ggml import GGMLType
 from edge_spec.memory.facts import Layer, ModelFacts
 
-KV_TYPES = {
-    "f32": GGMLType.F32,
-    "f16": GGMLType.F16,
-    "bf16": GGMLType.BF16,
-    "q8_0": GGMLType.Q8_0,
-    "q5_1": GGMLType.Q5_1,
-    "q5_0": GGMLType.Q5_0,
-    "q4_1": GGMLType.Q4_1,
-    "q4_0": GGMLType.Q4_0,
-    "q8": GGMLType.I8,
-}
-"""Types of cache elements, as llama.cpp names them, and the onnx backend's bytes, whose scales are the model's."""
 
-SUPPORTED_KV = {
-    "onnx": ("f32", "q8"),
-    "openvino": ("f32", "f16"),
-    "llama": ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+@dataclass(frozen=True, slots=True)
+class KvType:
+    """How cache elements are stored: `block_size` of them in `type_size` bytes. `scale_rows` more bytes beside each
+    head's row of values, and as many rows more beside each block of keys, hold scales."""
+
+    name: str
+    block_size: int
+    type_size: int
+    scale_rows: int = 0
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Bytes of an element, without what a row adds."""
+        return self.type_size / self.block_size
+
+
+def _ggml(kind: GGMLType) -> KvType:
+    return KvType(kind.name.lower(), kind.block_size, kind.type_size)
+
+
+_U8_SCALES = 8
+"""OpenVINO keeps float32 scales and zero points: as in `backends._paged_cache`."""
+
+_LLAMA = ("F16", "F32", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+
+KV_TYPES: dict[str, tuple[KvType, ...]] = {
+    "onnx": (_ggml(GGMLType.F32), KvType("q8", 1, 1)),
+    "openvino": (_ggml(GGMLType.F32), _ggml(GGMLType.F16), KvType("u8", 1, 1, _U8_SCALES)),
+    "llama": tuple(_ggml(GGMLType[name]) for name in _LLAMA),
 }
-"""Types that each backend can be asked for, its default first."""
+"""Types that each backend stores keys and values as, its own first: as in `loading.KV_TYPES`."""
+
+SUPPORTED_KV = {backend: tuple(kind.name for kind in kinds) for backend, kinds in KV_TYPES.items()}
+"""Their names."""
 
 OPENVINO_BLOCK = 32
 LLAMA_CELLS = 256
 """llama.cpp rounds a context up to so many cells. Source: `llama-context.cpp`, `llama-kv-cache-iswa.cpp`."""
 
 
-def find_kv_type(name: str | None, backend: str) -> GGMLType:
-    """The type of a name, or the backend's default for None; UsageError names those that the backend has."""
-    supported = SUPPORTED_KV[backend]
-    if name is not None and name not in supported:
-        raise UsageError(f"kv={name!r}: the {backend} backend has {', '.join(supported)}")
-    return KV_TYPES[name or supported[0]]
+def find_kv_type(name: str | None, backend: str) -> KvType:
+    """The type of a name, or the backend's own for None; UsageError names those that the backend has."""
+    kinds = KV_TYPES[backend]
+    for kind in kinds:
+        if name in (None, kind.name):
+            return kind
+    raise UsageError(f"kv={name!r}: the {backend} backend stores keys and values as {', '.join(k.name for k in kinds)}")
 
 
 def cells(n_ctx: int, backend: str) -> int:
@@ -49,7 +68,7 @@ def cells(n_ctx: int, backend: str) -> int:
 
 
 def cache_bytes(
-    facts: ModelFacts, n_ctx: int, backend: str, kv: GGMLType, *, full_windows: bool = True, batch: int = 0
+    facts: ModelFacts, n_ctx: int, backend: str, kv: KvType, *, full_windows: bool = True, batch: int = 0
 ) -> int:
     """Bytes of keys and values for `n_ctx` tokens.
 
@@ -67,12 +86,13 @@ def cache_bytes(
     return total
 
 
-def token_bytes(layer: Layer, kv: GGMLType) -> int:
+def token_bytes(layer: Layer, kv: KvType) -> int:
     """Bytes of one token in one layer; UsageError where the type's blocks do not divide its rows."""
     for width in (layer.key_width, layer.value_width):
         if width % kv.block_size:
-            raise UsageError(f"rows of {width} elements do not divide into the blocks of {kv.name.lower()}: use f16")
-    return (layer.key_width + layer.value_width) // kv.block_size * kv.type_size
+            raise UsageError(f"rows of {width} elements do not divide into the blocks of {kv.name}: use f16")
+    plain = (layer.key_width + layer.value_width) // kv.block_size * kv.type_size
+    return plain + layer.key_width * kv.scale_rows // OPENVINO_BLOCK + layer.kv_heads * kv.scale_rows
 
 
 def state_bytes(facts: ModelFacts, rollback: int = 0) -> int:

@@ -9,7 +9,7 @@ from edge_spec.errors import EdgeSpecError
 from edge_spec.export.recipe import RECIPES, default_recipe
 from edge_spec.memory.estimate import Estimate, estimate
 from edge_spec.memory.facts import Origin
-from edge_spec.memory.kv import SUPPORTED_KV, find_kv_type
+from edge_spec.memory.kv import KV_TYPES, find_kv_type
 from edge_spec.memory.parts import BACKENDS
 
 LEAST_SAVED_BYTES = 1 << 20
@@ -44,10 +44,9 @@ def _changes(counted: Estimate) -> Iterator[tuple[str, str, Estimate]]:
         half = settings.n_ctx // 2
         yield f"a context of {half} tokens", f"--ctx {half}", counted.at(n_ctx=half)
     kv = find_kv_type(settings.kv, settings.backend)
-    for name in SUPPORTED_KV[settings.backend]:
-        smaller = find_kv_type(name, settings.backend)
-        if smaller.type_size / smaller.block_size < kv.type_size / kv.block_size:
-            yield f"cache elements of type {name}", f"--kv {name}", counted.at(kv=name)
+    for kind in KV_TYPES[settings.backend]:
+        if kind.bytes_per_element < kv.bytes_per_element:
+            yield f"cache elements of type {kind.name}", f"--kv {kind.name}", counted.at(kv=kind.name)
     if target.origin is not Origin.EXPORT and settings.backend != "llama":
         recipe = settings.recipe or default_recipe(target)
         if recipe.bits == 8:

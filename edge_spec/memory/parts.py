@@ -58,7 +58,7 @@ class Settings:
     draft_backend: str | None = None
     n_ctx: int = 4096
     kv: str | None = None
-    """Type of cache elements (`memory.kv.KV_TYPES`)."""
+    """Type of cache elements (`memory.kv.KV_TYPES`); a draft on another backend keeps that one's own."""
     batch: int = PREFILL_CHUNK
     """Most tokens in a pass."""
     max_rows: int = 16
