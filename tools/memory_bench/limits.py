@@ -16,6 +16,8 @@ from memory_bench.measure import Measured, measure
 
 SHARES = (1.0, 0.85, 0.6)
 """Of the estimate and its band."""
+_KERNEL_BYTES = 4 * MIB
+"""What a control group counts besides: page tables and the like, 1 MiB for a small model before anything is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def run_limited(cell: Cell, foretold: Foretold) -> Iterator[Outcome]:
         prefix = [sys.executable, "-m", "memory_bench.limited", "data", str(limit)]
         yield Outcome(cell, "RLIMIT_DATA", share, limit, measure(cell, prefix=prefix))
     for share in SHARES:
-        limit = round(share * held)
+        limit = round(share * (held + _KERNEL_BYTES))
         with control_group(limit) as folder:
             if folder is None:
                 return
