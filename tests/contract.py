@@ -487,7 +487,7 @@ class ShallowContract:
     """
 
     atol: ClassVar[float] = 0.1
-    """A last bit may tip an activation that is rounded to 8 bits; without turning the keys, logits move by 1 and more."""
+    """A last bit may tip an activation that is rounded to 8 bits."""
     alike: ClassVar[float] = 0.9999
     """Least correlation of the logits. Keys that are not turned move some by 1 and more."""
 

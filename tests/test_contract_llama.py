@@ -10,6 +10,8 @@ import pytest
 
 from edge_spec.backends import llama
 from edge_spec.backends._llama_library import import_library
+from edge_spec.backends.base import CausalLM
+from edge_spec.types import Logits
 from tests.contract import CausalLMContract, MakeModel, ShallowContract
 from tests.tiny_models import write_tiny_gguf
 
