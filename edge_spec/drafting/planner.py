@@ -28,10 +28,9 @@ HISTORY_SCALE: Scale = ((3, 0.3), (4, 0.4), (6, 0.55), (9, 0.7), (14, 0.85), (24
 MODEL_SCALE: Scale = ((0.0, 0.26), (0.3, 0.47), (0.5, 0.68), (0.7, 0.83), (0.85, 0.93), (0.95, 0.975), (0.99, 0.995))
 """A model's confidence is the probability that it gives its most likely token."""
 
-_PROFITING_TOKENS = 256
-"""What the model reads now is taken to serve at most the next so many tokens."""
-
-
+_PROFITING_TOKENS, _PROFITING_AT_FIRST = 256, 64
+"""What the model reads now is taken to serve at most the next so many tokens. How long an answer gets nobody knows: at
+first it is taken for short, then, as such things go, for as much longer as it has become."""
 _WRITTEN, _UNCOPIED = 16, 10
 """What a generation starts from: of so many tokens, so many are not copied. Only those profit from what the model has
 read."""
@@ -197,7 +196,8 @@ class Planner(Drafter):
         if self._model is None:
             return 0.0
         unread = max(0, self._model.count_unread(context) - 2)
-        tokens_left = min(self._max_length - len(context), _PROFITING_TOKENS)
+        written = len(context) - self._prompt_length
+        tokens_left = min(self._max_length - len(context), _PROFITING_TOKENS, _PROFITING_AT_FIRST + written)
         profiting = tokens_left * self._uncopied / self._written
         return unread * self._book.costs.read_s / max(1.0, profiting)
 
