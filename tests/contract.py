@@ -71,10 +71,6 @@ class CausalLMContract:
         np.testing.assert_allclose(left, right, rtol=0, atol=atol)
         assert np.array_equal(left.argmax(-1), right.argmax(-1))
 
-    def assert_same_elsewhere(self, model: CausalLM, left: Logits, right: Logits) -> None:
-        """The same tokens at the same positions, in other places of the cache: sums may run in another order."""
-        self.assert_same(model, left, right)
-
     # What a model says of itself
 
     def test_the_spec_is_of_the_cache_that_was_asked_for(self, model: CausalLM) -> None:
@@ -362,7 +358,7 @@ class CausalLMContract:
         model.decode(tokens[:30])
         model.evict(2, 12)
         model.resize(24)
-        self.assert_same_elsewhere(model, model.decode(tokens[30:]).logits, expected)
+        self.assert_same(model, model.decode(tokens[30:]).logits, expected)
 
     @pytest.mark.parametrize("n_ctx", [-1, 0, 9, 10**9])
     def test_a_length_that_does_not_do_is_refused(self, model: CausalLM, n_ctx: int) -> None:
@@ -480,14 +476,17 @@ class EqualRowsContract(CausalLMContract):
                 assert np.array_equal(logits[row], expected[row]), (width, row)
 
 
+DROPS = [[(0, 1)], [(0, 20)], [(7, 8)], [(3, 36)], [(30, 38)], [(5, 20), (2, 9), (0, 4)]]
+"""Spans of forty tokens that are dropped one after the other."""
+
+
 class ShallowContract:
     """Laws of eviction in models of one layer, where a token's keys and values do not depend on those before it.
 
     So a cache that dropped tokens is, but for rounding, one that never read them.
     """
 
-    atol: ClassVar[float] = 0.1
-    """A last bit may tip an activation that is rounded to 8 bits."""
+    atol: ClassVar[float] = 0.02
     alike: ClassVar[float] = 0.9999
     """Least correlation of the logits. Keys that are not turned move some by 1 and more."""
 
@@ -502,7 +501,7 @@ class ShallowContract:
         yield model
         model.close()
 
-    @pytest.mark.parametrize("drops", [[(0, 1)], [(0, 20)], [(7, 8)], [(3, 36)], [(30, 38)], [(5, 20), (2, 9), (0, 4)]])
+    @pytest.mark.parametrize("drops", DROPS)
     def test_what_was_evicted_might_never_have_been_read(self, model: CausalLM, drops: list[tuple[int, int]]) -> None:
         assert model.spec.can_evict
         tokens, more = draw(model, 40), draw(model, 4, seed=1)

@@ -125,6 +125,7 @@ class LlamaModel:
             raise UsageError(f"rows={rows} of {len(ids)} tokens, at most {self.spec.max_rows}")
         if self._length + len(ids) > self.spec.n_ctx:
             raise ContextLengthError(self._length + len(ids), self.spec.n_ctx)
+        self._settle()
         done = 0
         while len(ids) - done > self._batch.capacity:
             # The last pass must hold all the rows that are asked for: one pass's logits are one block of memory.
@@ -155,7 +156,8 @@ class LlamaModel:
         self._length = length
 
     def evict(self, start: int, end: int) -> None:
-        """See `CausalLM.evict`; llama.cpp turns the keys that moved as part of the next decode."""
+        """See `CausalLM.evict`. The keys that moved are turned before the next decode, at the price of a pass of one
+        token and a copy of the cache."""
         self._require_open()
         check_evicted(self.spec, start, end, self._length)
         if start == end:
@@ -176,10 +178,7 @@ class LlamaModel:
         """
         self._require_open()
         check_resized(self.spec, self._length, n_ctx)
-        if self._unturned:
-            # A state that is saved has the new positions and the old keys.
-            self._run(np.zeros(1, np.int32), 0)
-            self.rollback(self._length - 1)
+        self._settle()
         saved = self._save()
         try:
             self._renew(n_ctx, saved)
@@ -196,6 +195,20 @@ class LlamaModel:
         """Free context and weights; views on logits end here."""
         self._release()
 
+    def _settle(self) -> None:
+        """Turn the keys that an eviction moved, and put the cells in the order of their tokens.
+
+        llama.cpp turns keys as part of a decode; a state that is saved before has the new positions and the old keys.
+        New tokens would fill the holes, and sums run in another order than over a cache that was saved and restored.
+        """
+        if not self._unturned:
+            return
+        self._run(np.zeros(1, np.int32), 0)
+        self.rollback(self._length - 1)
+        saved = self._save()
+        self._library.llama_memory_clear(self._memory, False)
+        self._restore(saved)
+
     def _save(self) -> ctypes.Array[ctypes.c_uint8]:
         """The sequence's state, a copy."""
         size = int(self._library.llama_state_seq_get_size(self._handles.context, _SEQUENCE))
@@ -210,8 +223,12 @@ class LlamaModel:
         handles.drop_context()
         handles.context = _make_context(self._library, handles.model, self._params, n_ctx)
         self._memory = self._library.llama_get_memory(handles.context)
-        size = len(saved)
-        if self._length and self._library.llama_state_seq_set_data(handles.context, saved, size, _SEQUENCE) != size:
+        self._restore(saved)
+
+    def _restore(self, saved: ctypes.Array[ctypes.c_uint8]) -> None:
+        """Read a saved state into the empty cache."""
+        size, context = len(saved), self._handles.context
+        if self._length and self._library.llama_state_seq_set_data(context, saved, size, _SEQUENCE) != size:
             raise BackendError(f"{self.spec.name}: llama.cpp did not restore its cache: {last_reason()}")
 
     def _run(self, ids: np.ndarray[Any, Any], rows: int) -> None:
