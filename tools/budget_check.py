@@ -132,7 +132,11 @@ def main() -> int:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        checked = converse(options.ram[0], options.pair, options.target, options.ctx, options.tokens)
+        try:
+            checked = converse(options.ram[0], options.pair, options.target, options.ctx, options.tokens)
+        except EdgeSpecError as exc:
+            print(f"budget_check: {exc}", file=sys.stderr)
+            return 1
         print(json.dumps(asdict(checked)))
         return 0
     named = {"--pair": options.pair, "--target": options.target, "--ctx": options.ctx, "--tokens": options.tokens}

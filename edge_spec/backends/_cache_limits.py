@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from edge_spec.errors import CacheUnsupportedError, UsageError
+from edge_spec.errors import CacheUnsupportedError, ContextLengthError, UsageError
 from edge_spec.export.architecture import DecoderConfig
 from edge_spec.types import ModelSpec
+
+
+def check_decoded(spec: ModelSpec, n: int, rows: int, length: int) -> None:
+    """UsageError or ContextLengthError unless `n` tokens, `rows` of them scored, can follow `length` cached ones."""
+    if not 0 <= rows <= min(n, spec.max_rows) or n == 0:
+        raise UsageError(f"{rows} rows of {n} tokens; at most {spec.max_rows} rows, and no more than tokens")
+    if length + n > spec.n_ctx:
+        raise ContextLengthError(length + n, spec.n_ctx)
+
+
+def check_kept(kept: int, length: int) -> None:
+    """UsageError unless a cache of `length` tokens can be rolled back to `kept`."""
+    if not 0 <= kept <= length:
+        raise UsageError(f"cannot roll back to {kept}: {length} tokens are cached")
 
 
 def check_evicted(spec: ModelSpec, start: int, end: int, length: int) -> None:

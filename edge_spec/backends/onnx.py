@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
+from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_kept, check_resized
 from edge_spec.backends._contiguous_cache import ContiguousCache
 from edge_spec.backends._mapped_file import drop_file_pages
 from edge_spec.backends._onnx_session import session_options, translated
@@ -23,7 +23,7 @@ from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_u
 from edge_spec.backends.kv_scales import KvScales
 from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
-from edge_spec.errors import ContextLengthError, ModelFormatError, UsageError
+from edge_spec.errors import ModelFormatError, UsageError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
@@ -113,10 +113,7 @@ class OnnxModel:
         """See `CausalLM.decode`."""
         self._require_open()
         n = len(tokens)
-        if not 0 <= rows <= min(n, self._spec.max_rows) or n == 0:
-            raise UsageError(f"{rows} rows of {n} tokens; at most {self._spec.max_rows} rows, and no more than tokens")
-        if self._length + n > self._spec.n_ctx:
-            raise ContextLengthError(self._length + n, self._spec.n_ctx)
+        check_decoded(self._spec, n, rows, self._length)
         padded = round_up(n, self._padding)
         total = self._length + padded
         wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
@@ -137,8 +134,7 @@ class OnnxModel:
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, at no cost."""
-        if not 0 <= length <= self._length:
-            raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
+        check_kept(length, self._length)
         self._length = length
 
     def evict(self, start: int, end: int) -> None:

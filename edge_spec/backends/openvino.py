@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_evicted, check_exact, check_resized
+from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_kept, check_resized
 from edge_spec.backends._onnx_session import MEMORY_REMEDY
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
 from edge_spec.backends._openvino_limits import check_expressible
@@ -29,7 +29,6 @@ from edge_spec.errors import (
     BackendError,
     BackendMemoryError,
     BackendUnavailableError,
-    ContextLengthError,
     ModelFormatError,
     UsageError,
 )
@@ -121,10 +120,7 @@ class OpenVinoModel:
         """See `CausalLM.decode`."""
         self._require_open()
         n = len(tokens)
-        if not 0 <= rows <= min(n, self._spec.max_rows) or n == 0:
-            raise UsageError(f"{rows} rows of {n} tokens; at most {self._spec.max_rows} rows, and no more than tokens")
-        if self._length + n > self._spec.n_ctx:
-            raise ContextLengthError(self._length + n, self._spec.n_ctx)
+        check_decoded(self._spec, n, rows, self._length)
         start, padded = self._length, round_up(n, self._padding)
         total = start + padded
         wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
@@ -147,8 +143,7 @@ class OpenVinoModel:
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, and the memory of what is forgotten goes back to the system."""
-        if not 0 <= length <= self._length:
-            raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
+        check_kept(length, self._length)
         self._length = length
         self._cache.forget(length)
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_evicted, check_resized
+from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_kept, check_resized
 from edge_spec.backends._onnx_session import session_options, translated
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.backends.top_k import top_k
 from edge_spec.checkpoint.exporter import GraphExport
-from edge_spec.errors import ContextLengthError, UsageError
+from edge_spec.errors import UsageError
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 Cache = dict[str, NDArray[np.float32]]
@@ -76,10 +76,7 @@ class PastPresentModel:
         """See `CausalLM.decode`."""
         self._require_open()
         n, start = len(tokens), self._length
-        if not 0 <= rows <= min(n, self._spec.max_rows) or n == 0:
-            raise UsageError(f"{rows} rows of {n} tokens; at most {self._spec.max_rows} rows, and no more than tokens")
-        if start + n > self._spec.n_ctx:
-            raise ContextLengthError(start + n, self._spec.n_ctx)
+        check_decoded(self._spec, n, rows, start)
         padded = round_up(n, self._padding)
         wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
         wanted[:rows] = np.arange(n - rows, n)
@@ -101,8 +98,7 @@ class PastPresentModel:
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length. The next decode copies what is kept."""
-        if not 0 <= length <= self._length:
-            raise UsageError(f"cannot roll back to {length}: {self._length} tokens are cached")
+        check_kept(length, self._length)
         self._length = length
 
     def evict(self, start: int, end: int) -> None:
