@@ -132,6 +132,8 @@ def main() -> int:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
+        from edge_spec.errors import EdgeSpecError
+
         try:
             checked = converse(options.ram[0], options.pair, options.target, options.ctx, options.tokens)
         except EdgeSpecError as exc:
