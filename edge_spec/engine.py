@@ -25,6 +25,7 @@ from edge_spec.loading import KV_TYPES, Source, StageProgress
 from edge_spec.memory.governor import Governor
 from edge_spec.opening import (
     DRAFTERS,
+    NEED_MODEL,
     NO_HISTORY,
     LoadOptions,
     OpenedModels,
@@ -346,7 +347,7 @@ class Engine:
             raise UsageError("the drafter 'reference' needs texts to copy from: give it reference=[...]")
         if name == "history" and name not in self._drafters:
             raise UsageError(NO_HISTORY)
-        if name in ("model", "cascade") and name not in self._drafters:
+        if name in NEED_MODEL and name not in self._drafters:
             raise UsageError("no draft model was loaded: load the engine with a draft, or use 'lookup'")
         return self._drafters[name]
 

@@ -11,7 +11,10 @@ from edge_spec.memory.budget import Budget, find_budget
 from edge_spec.memory.kv import SUPPORTED_KV
 from edge_spec.memory.plan import Freedom, Plan, make_plan
 from edge_spec.memory.process import process_memory
-from edge_spec.opening import LoadOptions, LoadRequest
+from edge_spec.opening import NEED_MODEL, LoadOptions, LoadRequest
+
+SMALLER_KV = ("q8_0",)
+"""What keys and values may be stored as on llama.cpp where memory is short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,19 @@ def fit(request: LoadRequest, options: LoadOptions) -> FittedRequest:
             raise
         # The backend may still run it, and says so if it does not.
         return FittedRequest(request, budget, None, (f"memory was not planned: {exc}",))
-    freedom = Freedom(n_ctx=options.n_ctx is None, draft=options.drafter != "model")
+    freedom = Freedom(
+        n_ctx=options.n_ctx is None,
+        draft=options.drafter not in NEED_MODEL,
+        # Only where no text is promised to be the same to the bit, and the type costs nothing to prepare.
+        kv=SMALLER_KV if options.kv is None and request.backend == "llama" else (),
+    )
     plan = make_plan(wanted, budget, freedom, held_bytes=usage.anonymous_bytes)
     settings = plan.estimate.settings
     fitted = replace(
         request,
         n_ctx=settings.n_ctx,
         batch=settings.batch,
+        kv=settings.kv if settings.kv in freedom.kv else request.kv,
         draft_source=request.draft_source if plan.estimate.draft is not None else None,
     )
     notes = (f"memory: within {budget.held} there is {_listed(plan.given_up)}",) if plan.given_up else ()

@@ -31,7 +31,9 @@ from edge_spec.tokenizer import check_same_vocabulary
 from edge_spec.types import SamplingParams
 
 DRAFTERS = ("none", "lookup", "reference", "history", "model", "cascade", "auto")
-WITH_MODEL = ("auto", "model", "cascade")
+NEED_MODEL = ("model", "cascade")
+"""Drafters that cannot do without a draft model."""
+WITH_MODEL = ("auto", *NEED_MODEL)
 """Those that the draft model is loaded for."""
 MAX_DRAFT_TOKENS = 15
 
@@ -185,7 +187,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _refuse_options_of_a_draft(options: LoadOptions) -> None:
-    if options.drafter in ("model", "cascade"):
+    if options.drafter in NEED_MODEL:
         raise UsageError(f"the drafter {options.drafter!r} needs a draft model: name one, or use 'lookup'")
     for name in ("draft_tokens", "draft_backend"):
         if getattr(options, name) is not None:

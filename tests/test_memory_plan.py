@@ -12,6 +12,7 @@ from edge_spec.errors import MemoryBudgetError
 from edge_spec.memory import Estimate, Settings, estimate, facts_of_gguf
 from edge_spec.memory.budget import Bound, Budget, Counts
 from edge_spec.memory.plan import LEAST_N_CTX, SHORT_PASS, Freedom, Plan, foreign_bytes, make_plan, required_bytes
+from edge_spec.opening import NEED_MODEL
 from tests.tiny_models import write_tiny_gguf
 
 MIB = 1 << 20
@@ -174,3 +175,21 @@ def test_an_engine_refuses_what_does_not_fit_before_it_exports_anything(pair: di
     with pytest.raises(MemoryBudgetError, match="may hold"):
         Engine.load(**pair, ram="20MiB", threads=1)
     assert not (tmp_path / "home" / "exports").exists()
+
+
+@pytest.mark.parametrize("drafter", NEED_MODEL)
+def test_a_draft_that_was_asked_for_by_its_drafter_is_not_given_up(pair: dict[str, Any], drafter: str) -> None:
+    alone = estimate(facts_of_gguf(pair["target"]), None, Settings(n_ctx=512, threads=1))
+    with pytest.raises(MemoryBudgetError, match="drafter lookup"):
+        Engine.load(**pair, ram=required_bytes(alone), threads=1, n_ctx=512, drafter=drafter)
+
+
+def test_on_llama_the_cache_gets_smaller_before_the_window(pair: dict[str, Any]) -> None:
+    pytest.importorskip("llama_cpp")
+    target, store_as = facts_of_gguf(pair["target"]), {"backend": "llama", "n_ctx": 512, "threads": 1, "batch": 32}
+    smaller = estimate(target, None, Settings(**store_as, kv="q8_0"))  # type: ignore[arg-type]
+    loading: dict[str, Any] = {"target": pair["target"], "backend": "llama", "threads": 1, "drafter": "lookup"}
+    with Engine.load(**loading, ram=required_bytes(smaller)) as engine:
+        assert engine.info.kv == "q8_0"
+        assert engine.info.n_ctx == 512
+        assert any("q8_0" in given_up for given_up in engine.info.given_up)

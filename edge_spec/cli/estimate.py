@@ -115,10 +115,10 @@ def estimate(
 
 
 def _free_bytes() -> int:
-    """What is free on this machine."""
-    import psutil
+    """What this machine would leave to an engine."""
+    from edge_spec.memory.budget import find_budget
 
-    return int(psutil.virtual_memory().available)
+    return find_budget().held.n_bytes
 
 
 def _count(

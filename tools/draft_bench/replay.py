@@ -24,6 +24,7 @@ TARGET_MS = {1: 31.5, 2: 36.4, 4: 52.8, 6: 69.6, 8: 87.6, 10: 105.0, 12: 122.0, 
 _TARGET_READS_PER_S, _DRAFT_READS_PER_S = 128.0, 450.0
 _SECOND_ROW_MS, _ROW_MS = 1.0, 2.3
 _NOISE, _MAX_ROWS = 0.05, 16
+MAX_TOKENS = 128
 
 
 class _Clock:
@@ -107,7 +108,8 @@ def replay(
 ) -> float:
     """How many times faster than plain decoding the planner writes the answers, with draft tokens of `draft_ms`.
 
-    The geometric mean over the answers, from their second token on; plain passes have one row and are not padded.
+    The geometric mean over the answers, from their second token on; plain passes have one row and are not padded. The
+    planner does not learn beforehand how long an answer is: each may get `MAX_TOKENS`, and is left where it ends.
     """
     n_vocab = max(max(answer.prompt + answer.ids) for answer in answers)
     n_vocab = max(n_vocab, *(token for known in guesses for token, _ in known)) + 1
@@ -133,8 +135,11 @@ def replay(
             target.play(answer, None)
             draft.play(answer, known)
             counts: list[tuple[float, int]] = []
-            for step in SpeculativeDecoder(session, planner).generate(answer.prompt, max_tokens=len(answer.ids)):
+            max_tokens = max(MAX_TOKENS, len(answer.ids))
+            for step in SpeculativeDecoder(session, planner).generate(answer.prompt, max_tokens=max_tokens):
                 counts.append((clock.now, len(step.tokens)))
+                if sum(tokens for _, tokens in counts) >= len(answer.ids):
+                    break
             (first_at, first), last_at = counts[0], counts[-1][0]
             written = len(answer.ids) - first
             if written > 3:
