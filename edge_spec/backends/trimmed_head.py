@@ -77,7 +77,8 @@ class TrimmedHead:
 
     def _score_reached(self, rows: int) -> Logits:
         """Logits [rows, reached tokens]."""
-        scores: Logits = self.hidden[:rows] @ self._rows.T
+        # Not by BLAS: its threads spin for a while after each call, and take the cores from the model's next pass.
+        scores: Logits = np.einsum("rh,kh->rk", self.hidden[:rows], self._rows)
         return self._softcap * np.tanh(scores / self._softcap) if self._softcap else scores
 
     def _forget(self) -> None:
