@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,11 +11,16 @@ from time import perf_counter
 from types import TracebackType
 from typing import Unpack
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_spec.assembly import KeptCosts, References, make_drafters, past_answers
+from edge_spec.chat_template import ChatTemplate
 from edge_spec.context import Surprisal, draft_score, report
 from edge_spec.conversation import Chat
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter
+from edge_spec.decoding.scoring import surprisal
 from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter, PastAnswers
 from edge_spec.errors import UsageError
@@ -35,7 +41,17 @@ from edge_spec.opening import (
 )
 from edge_spec.prompting import Prompting
 from edge_spec.store import Store
-from edge_spec.types import Condensing, Dropped, GenerationResult, Hole, Progress, Prompt, SamplingParams
+from edge_spec.tokenizer import Tokenizer
+from edge_spec.types import (
+    Condensing,
+    Dropped,
+    GenerationResult,
+    Hole,
+    ModelSpec,
+    Progress,
+    Prompt,
+    SamplingParams,
+)
 
 COPYING = ("reference", "auto")
 """Drafters that copy from references."""
@@ -219,11 +235,16 @@ class Engine:
             pass
         return stream.result
 
-    def chat(self, *, system: str | None = None, on_full: str = "turns") -> Chat:
+    def stream_prompt(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Stream:
+        """Continue a prompt of ids, made by the caller or by `Chat.prompt`; the options are those of `stream`."""
+        return self._stream_ids(prompt, **options)
+
+    def chat(self, *, system: str | None = None, on_full: str = "turns", n_ctx: int | None = None) -> Chat:
         """A conversation; `system` defaults to the pair's own, then to the template's.
 
         `on_full` says what happens when it outgrows the window: "turns" drops the oldest turns but the first, "sinks"
-        evicts the middle from the cache, while it writes too, and "error" raises ContextLengthError.
+        evicts the middle from the cache, while it writes too, and "error" raises ContextLengthError. `n_ctx`: tokens
+        that prompts may have, where that is to be less than the engine's window.
         """
         system = system if system is not None else self.info.chat_system
         return Chat(
@@ -232,13 +253,41 @@ class Engine:
             self._source.tokenizer,
             system=system,
             on_full=on_full,
-            window=lambda: self._target.spec.n_ctx,
+            window=lambda: min(n_ctx or sys.maxsize, self._target.spec.n_ctx),
             condense=self._condense,
         )
 
     def count(self, text: str) -> int:
         """Tokens of `text`, as plain text."""
         return len(self._source.tokenizer.encode(text))
+
+    def condense(self, text: str, keep: float) -> tuple[str, Condensing]:
+        """What `keep` makes of a text, as a generation would read it, and what was left out. Raises UsageError."""
+        condensed, condensing = self._condense(text, keep)
+        assert condensing is not None, "keep was given"
+        return condensed, condensing
+
+    def score(self, prompt: Prompt, ids: Sequence[int]) -> NDArray[np.float64]:
+        """Minus the log-probability in nats of each of `ids` behind `prompt`, float64 [len(ids)], by the target.
+
+        Raises UsageError for an empty prompt, ContextLengthError.
+        """
+        return surprisal(self._target, prompt.ids, ids, prompt.holes)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the target is and can do, its window as it is now."""
+        return self._target.spec
+
+    @property
+    def template(self) -> ChatTemplate:
+        """What makes a prompt of messages."""
+        return self._source.template
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The target's, which is the draft's too."""
+        return self._source.tokenizer
 
     def reset(self) -> None:
         """Forget what the caches hold, so that the next prompt is read from its first token."""
