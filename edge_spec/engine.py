@@ -26,9 +26,11 @@ from edge_spec.drafting import ModelDrafter, PastAnswers
 from edge_spec.errors import UsageError
 from edge_spec.fitting import FittedRequest, fit
 from edge_spec.generation import EngineInfo, GenerationOptions, Stream, make_result
-from edge_spec.ladder import make_governor
+from edge_spec.ladder import Ladder, make_governor, make_ladder
 from edge_spec.loading import KV_TYPES, Source, StageProgress
+from edge_spec.memory.budget import granted
 from edge_spec.memory.governor import Governor
+from edge_spec.memory.pressure import OwnMemory
 from edge_spec.opening import (
     DRAFTERS,
     NEED_MODEL,
@@ -69,6 +71,7 @@ class Engine:
         kept: KeptCosts,
         *,
         governor: Governor,
+        ladder: Ladder,
         default: str,
         past: PastAnswers | None = None,
     ) -> None:
@@ -78,6 +81,7 @@ class Engine:
         self._target = target
         self._drafters = drafters
         self._governor = governor
+        self._ladder = ladder
         self._default = default
         self._past = past
         self._references = References(source.tokenizer)
@@ -160,13 +164,15 @@ class Engine:
         past = past_answers(store, request.source.tokenizer) if history else None
         drafters = make_drafters(models, past, draft_tokens, batch=request.batch)
         session = Session(models.target.model, chunk=request.batch)
+        ladder = make_ladder(session, drafters)
         return cls(
             _describe(fitted, models, drafter, perf_counter() - started),
             request.source,
             session,
             drafters,
             KeptCosts.of(request, models, store),
-            governor=make_governor(fitted.budget, session, drafters),
+            governor=make_governor(fitted.budget, ladder),
+            ladder=ladder,
             default=drafter,
             past=past,
         )
@@ -294,6 +300,21 @@ class Engine:
         for session in self._sessions():
             session.forget()
 
+    def limit_memory(self, ram: str | int) -> None:
+        """From now on the process may hold so much: a size, a device's name or bytes, as `ram` of `load`.
+
+        For a program that is told to hold less. What is given up for it, in the middle of a generation too, is in the
+        result. Raises UsageError for a size that is none.
+        """
+        bound = granted(ram)
+        self._governor.watch(OwnMemory(bound.n_bytes))
+        self.info = replace(self.info, budget_bytes=bound.n_bytes)
+
+    @property
+    def measures(self) -> list[str]:
+        """What was given up because memory was short, in the generation that runs or ran last."""
+        return self._governor.measures
+
     def unpadded(self) -> AbstractContextManager[None]:
         """Within the block the target's passes are not padded, as with `pad_rows=False`.
 
@@ -330,9 +351,10 @@ class Engine:
         refused = self._target.num_refused_rollbacks
 
         def finish(stream: Stream) -> GenerationResult:
-            evicted = report(decoder.stats.holes, tokenizer.decode)
+            policy = prompt.eviction.policy if prompt.eviction else "sinks"
+            evicted = report(decoder.stats.holes, tokenizer.decode, policy)
             info = replace(self.info, n_ctx=self._target.spec.n_ctx)  # which the governor may have made smaller
-            result = make_result(stream, prompt=prompt, info=info, evicted=evicted)
+            result = make_result(stream, prompt=prompt, info=info, evicted=evicted, measures=governor.measures)
             result.notes.extend(governor.notes)
             if evicted and not self._target.spec.can_evict:
                 result.notes.append("this backend cannot evict from its cache, so what was left was read again")
@@ -344,6 +366,7 @@ class Engine:
             return result
 
         governor.begin()
+        self._ladder.attend(decoder.prune_now)
         return Stream(
             lambda cancelled: decoder.generate(
                 prompt.ids,

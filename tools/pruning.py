@@ -129,9 +129,7 @@ def _mib(engine: Engine, tokens: float) -> float:
     return tokens * engine.spec.kv_bytes_per_token / 2**20
 
 
-def _rows(
-    section: str, run: Callable[[str, float], dict[str, Any]], policies: Sequence[str], figures: Figures
-) -> None:
+def _rows(section: str, run: Callable[[str, float], dict[str, Any]], policies: Sequence[str], figures: Figures) -> None:
     """One row for the whole context, then one a policy and ratio."""
     for policy, keep in [("full", 1.0), *((policy, keep) for policy in policies for keep in RATIOS)]:
         _row(section, f"{policy} {keep}", lambda policy=policy, keep=keep: run(policy, keep), figures)  # type: ignore[misc]
@@ -157,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sentences", type=int, help="length of the long texts (default: 16, with --full 48)")
     parser.add_argument("--limit", type=int, default=10, help="most questions a section")
     parser.add_argument("--scored", type=int, default=97, help="tokens whose perplexity is taken")
-    parser.add_argument("--window", type=int, default=320, help="window of the chat of twenty turns")
+    parser.add_argument("--window", type=int, default=272, help="window of the chat of twenty turns")
     parser.add_argument("--padding", type=int, default=1, help="filler sentences of each of its questions")
     parser.add_argument("--workload", type=Path, help="a file of prompts, a JSON object a line: task, id, prompt")
     parser.add_argument("--prompts", type=int, default=6, help="most prompts of each task of the workload")
