@@ -303,8 +303,8 @@ class Engine:
     def limit_memory(self, ram: str | int) -> None:
         """From now on the process may hold so much: a size, a device's name or bytes, as `ram` of `load`.
 
-        For a program that is told to hold less; may be called from another thread. What is given up for it, in the middle of a generation too, is in the
-        result. Raises UsageError for a size that is none.
+        For a program that is told to hold less; may be called from another thread. What is given up for it, in the
+        middle of a generation too, is in the result. Raises UsageError for a size that is none.
         """
         bound = granted(ram)
         self._governor.watch(OwnMemory(bound.n_bytes))

@@ -148,11 +148,11 @@ def _report(outcome: Outcome, *, as_json: bool) -> None:
 def result_fields(result: GenerationResult) -> dict[str, Any]:
     """A result as JSON values: enums as strings, and null for a figure that is not finite.
 
-    `backend` is the target's, as everywhere; that a draft ran on another one is a note, and so is what was dropped or given up.
+    `backend` is the target's, as everywhere; that a draft ran on another one is a note, and so is what was dropped.
     """
     fields = asdict(replace(result, drafters=dict(result.drafters)))
     fields["finish_reason"] = str(result.finish_reason)
-    del fields["dropped"], fields["measures"]
+    del fields["dropped"]
     draft_backend = fields.pop("draft_backend")
     if draft_backend not in (None, result.backend):
         fields["notes"] = [*result.notes, f"the draft ran on the {draft_backend} backend"]

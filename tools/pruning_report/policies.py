@@ -12,7 +12,7 @@ from edge_spec.context import Sinks, Stretch, Transcript, read_on
 from edge_spec.types import GenerationResult, Prompt
 from pruning_report.texts import Question
 
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 12
 
 
 @dataclass(slots=True)
