@@ -141,7 +141,7 @@ class Filler:
         name, wanted = job.tensor.name, rows if job.picked is None else job.picked[rows]
         weights = self._gguf.dequantize(name, wanted)
         if not np.isfinite(weights).all():
-            raise ModelFormatError(f"{self._gguf.path}: {name} holds values that are not finite")
+            raise ModelFormatError(f"{self._gguf.path}: {self._gguf.title(name)} holds values that are not finite")
         return weights
 
     def _report_all(self) -> None:
