@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_spec.types import Decoded, ModelSpec, Output
 
 
@@ -67,4 +70,16 @@ class PaddedRows(Protocol):
 
     def align_rows(self, alignment: int | None) -> None:
         """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all."""
+        ...
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A model that tells of every token of a long pass how likely the next one was, and nothing else."""
+
+    def score(self, tokens: Sequence[int], following: Sequence[int]) -> NDArray[np.float32]:
+        """Append `tokens` to the cache; the log-probability of `following[i]` behind `tokens[i]`, float32 [n].
+
+        Holds logits of all rows while it runs. Raises what `CausalLM.decode` raises.
+        """
         ...
