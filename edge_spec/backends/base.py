@@ -77,9 +77,14 @@ class PaddedRows(Protocol):
 class Scoring(Protocol):
     """A model that tells of every token of a long pass how likely the next one was, and nothing else."""
 
+    @property
+    def scored_rows(self) -> int:
+        """Most tokens of one such pass: a row of logits is held for each."""
+        ...
+
     def score(self, tokens: Sequence[int], following: Sequence[int]) -> NDArray[np.float32]:
         """Append `tokens` to the cache; the log-probability of `following[i]` behind `tokens[i]`, float32 [n].
 
-        Holds logits of all rows while it runs. Raises what `CausalLM.decode` raises.
+        At most `scored_rows` tokens. Raises what `CausalLM.decode` raises.
         """
         ...

@@ -29,6 +29,8 @@ from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 EMBEDDING = "token_embd.weight"
+SCORED_BYTES = 8 << 20
+"""Logits that a scored pass may hold."""
 
 
 class OnnxModel:
@@ -124,6 +126,11 @@ class OnnxModel:
             return self._head.read(rows, want)
         logits = self._logits[:rows]
         return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
+
+    @property
+    def scored_rows(self) -> int:
+        """See `Scoring.scored_rows`."""
+        return max(self._spec.max_rows, min(64, SCORED_BYTES // (4 * self._logits.shape[1])))
 
     def score(self, tokens: Sequence[int], following: Sequence[int]) -> Logits:
         """See `Scoring.score`."""

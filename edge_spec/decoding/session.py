@@ -14,8 +14,6 @@ from edge_spec.decoding.prefix import common_prefix
 from edge_spec.errors import ContextLengthError, GenerationCancelled, RollbackUnsupportedError
 from edge_spec.types import Context, Decoded, Hole, ModelSpec, Output, Progress, TopK
 
-SCORED_CHUNK = 64
-"""Tokens that are scored at a time: a row of logits is held for each."""
 PREFILL_CHUNK = 128
 """Tokens read at a time: enough for full speed, few enough that cancelling is felt at once."""
 
@@ -118,7 +116,7 @@ class Session:
         rows at a time; one that is not among them counts as the least likely of them.
         """
         tokens, told = list(sequence), np.zeros(len(sequence))
-        step = SCORED_CHUNK if isinstance(self._model, Scoring) else self.spec.max_rows
+        step = self._model.scored_rows if isinstance(self._model, Scoring) else self.spec.max_rows
         if not isinstance(self._model, Scoring):
             self.reach(tokens)
         self._undo(0)
