@@ -130,7 +130,8 @@ class OnnxModel:
     @property
     def scored_rows(self) -> int:
         """See `Scoring.scored_rows`."""
-        return max(self._spec.max_rows, min(64, SCORED_BYTES // (4 * self._logits.shape[1])))
+        width = int(self._logits.shape[1])
+        return max(self._spec.max_rows, min(64, SCORED_BYTES // (4 * width)))
 
     def score(self, tokens: Sequence[int], following: Sequence[int]) -> Logits:
         """See `Scoring.score`."""
