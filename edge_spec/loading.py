@@ -189,7 +189,7 @@ class Loader:
         self._report(f"load {source.name}", 0, 1)
         model = self._open(source, export, n_ctx)
         self._report(f"load {source.name}", 1, 1)
-        notes = []
+        notes = [*getattr(model, "notes", ())]
         if export.requantized:
             notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")
         if aligned:

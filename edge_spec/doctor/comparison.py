@@ -34,7 +34,7 @@ CACHED, READ = 256, 1024
 """Tokens that passes are timed behind, and that are read; fewer where the model's own window is short."""
 ROWS = (*range(1, 9), 10, 12, 14, 16, 24, 32)
 ROLES = ("target", "draft")
-_SECONDS = {"target": 24.0, "draft": 12.0}
+_SECONDS = {"target": 15.0, "draft": 9.0}
 """Of passes, all backends together."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
 _SETTLE_S = 0.05
