@@ -6,8 +6,9 @@ same file (llama.cpp and ours) can be compared.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,15 +115,10 @@ def write_tiny_gguf(
     makes exceptions by part of a tensor's name (`{"ffn_down": "Q6_K"}`). Norms and biases are F32, as everywhere.
     The same arguments write the same bytes. `metadata` sets keys (`{"general.name": "x"}`), None drops one.
     """
-    import gguf
-
     peculiar = PECULIARITIES[architecture]
     head_dim = (metadata or {}).get(f"{architecture}.attention.key_length", hidden // n_head)
-    rng = np.random.default_rng(seed)
-    tokens, types, merges = tiny_vocabulary(n_vocab)
-    writer = gguf.GGUFWriter(path, architecture)
+    tokens, vocabulary = vocabulary_metadata(n_vocab, pre="qwen2" if architecture == "qwen2" else "smollm")
     defaults = {
-        "general.name": "tiny",  # llama.cpp gives names with phi3 in them a vocabulary of their own
         f"{architecture}.block_count": n_layer,
         f"{architecture}.context_length": n_ctx,
         f"{architecture}.embedding_length": hidden,
@@ -133,22 +129,9 @@ def write_tiny_gguf(
         f"{architecture}.rope.freq_base": 10000.0,
         f"{architecture}.rope.dimension_count": head_dim,
         f"{architecture}.vocab_size": len(tokens),
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2" if architecture == "qwen2" else "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": tokens.index("<|im_start|>"),
-        "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
-        "tokenizer.ggml.padding_token_id": tokens.index("<|endoftext|>"),
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": CHAT_TEMPLATE,
+        **vocabulary,
     }
     defaults |= {f"{architecture}.{key}": value for key, value in peculiar.metadata.items()}
-    for key, value in {**defaults, **(metadata or {})}.items():
-        if key != "general.architecture" and value is not None:
-            writer.add_key_value(key, value, *_value_type(value))
-
     shapes = _tensor_shapes(
         peculiar,
         n_vocab=len(tokens),
@@ -160,14 +143,56 @@ def write_tiny_gguf(
         ff=ff,
         tied=tied,
     )
+    kinds = {"": tensor_type} | dict(tensor_types or {})
+    return write_random_gguf(path, architecture, {**defaults, **(metadata or {})}, shapes, kinds, seed=seed)
+
+
+def vocabulary_metadata(n_vocab: int | None, *, pre: str = "smollm") -> tuple[list[str], dict[str, Any]]:
+    """The tokens of a file, and its keys for them, with a name and a chat template."""
+    tokens, types, merges = tiny_vocabulary(n_vocab)
+    return tokens, {
+        "general.name": "tiny",  # llama.cpp gives names with phi3 in them a vocabulary of their own
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": tokens.index("<|im_start|>"),
+        "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
+        "tokenizer.ggml.padding_token_id": tokens.index("<|endoftext|>"),
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def write_random_gguf(
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    shapes: Iterable[tuple[str, tuple[int, ...]]],
+    kinds: Mapping[str, str],
+    *,
+    seed: int = 0,
+) -> Path:
+    """Write random tensors of these NumPy shapes, with `metadata` (None drops a key).
+
+    `kinds`: types of matrices by part of their name, the last that fits; vectors, norms and biases are F32.
+    """
+    import gguf
+
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        if key != "general.architecture" and value is not None:
+            writer.add_key_value(key, value, *_value_type(value))
     for name, shape in shapes:
         if len(shape) == 1:
             mean, std = (1.0, 0.1) if "norm" in name else (2.0, 0.2) if "rope" in name else (0.0, 0.1)
             writer.add_tensor(name, rng.normal(mean, std, shape).astype(np.float32))
             continue
         # An embedding well below the layers' unit scale: logits must depend on the context, not on the last token.
-        std = 0.1 if "embd" in name or name.startswith("output") else shape[1] ** -0.5
-        chosen = next((kind for part, kind in (tensor_types or {}).items() if part in name), tensor_type)
+        std = 0.1 if "embd" in name or name.startswith("output") else shape[-1] ** -0.5
+        chosen = [kind for part, kind in kinds.items() if part in name][-1]
         _add_matrix(writer, name, shape, std=std, kind=gguf.GGMLQuantizationType[chosen], rng=rng)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -236,9 +261,9 @@ def _add_matrix(
     writer: Any, name: str, shape: tuple[int, ...], *, std: float, kind: Any, rng: np.random.Generator
 ) -> None:
     if kind.name in _RANDOM_BLOCKS:
-        assert shape[1] % 256 == 0, "K-quants come in blocks of 256"
-        blocks = _RANDOM_BLOCKS[kind.name](shape[0] * shape[1] // 256, std, rng)
-        writer.add_tensor(name, blocks.reshape(shape[0], -1), raw_dtype=kind)
+        assert shape[-1] % 256 == 0, "K-quants come in blocks of 256"
+        blocks = _RANDOM_BLOCKS[kind.name](math.prod(shape) // 256, std, rng)
+        writer.add_tensor(name, blocks.reshape(*shape[:-1], -1), raw_dtype=kind)
         return
     import gguf.quants
 

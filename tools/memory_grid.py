@@ -27,7 +27,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the random models are written by the tests' own writer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this tree, and the writer of its tests' models
 
 from memory_bench import limits
 from memory_bench.cell import Cell, full_grid
@@ -58,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for number, cell in enumerate(cells, 1):
             _note(f"{number}/{len(cells)} {cell.name}")
+            python = options.openvino_python if cell.backend == "openvino" else sys.executable
             try:
-                results.append(_compare(cell, store, paths, kept))
+                results.append(_compare(cell, store, paths, kept, python))
             except (EdgeSpecError, CellError) as exc:
                 failed += 1
                 _note(f"  failed: {exc}")
@@ -88,16 +89,16 @@ class CellError(Exception):
     """A cell's process did not finish."""
 
 
-def _compare(cell: Cell, store: Store, paths: dict[str, Path], kept: _Kept) -> Compared:
+def _compare(cell: Cell, store: Store, paths: dict[str, Path], kept: _Kept, python: str) -> Compared:
     foretold = foretell(cell, store, path_of=paths)
     measured = kept.get(cell)
     if measured is None:
-        measured = measure(replace(cell, model=str(paths.get(cell.model, cell.model))))
+        measured = measure(replace(cell, model=str(paths.get(cell.model, cell.model))), python=python)
         if not measured.finished:
             raise CellError(f"exit code {measured.exit_code}: {measured.facts or measured.error}")
         kept.add(cell, measured)
     result = Compared(cell, foretold, measured)
-    _note(f"  {result.peak_bytes >> 20} MiB measured, {foretold.estimate.peak_bytes >> 20} MiB estimated")
+    _note(f"  {result.peak_bytes >> 20} MiB measured, {foretold.peak_bytes >> 20} MiB estimated")
     return result
 
 
@@ -120,7 +121,7 @@ class _Kept:
 
 def _chosen(options: argparse.Namespace) -> list[Cell]:
     cells = full_grid(options.backends, {name: model.backends for name, model in MODELS.items()})
-    wanted = [replace(cell, threads=options.threads) for cell in cells]
+    wanted = [cell if cell.recipe else replace(cell, threads=options.threads) for cell in cells]
     wanted = [cell for cell in wanted if all(any(part in cell.name for part in only) for only in options.only)]
     return wanted[: options.limit]
 
@@ -145,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="at most so many cells")
     parser.add_argument("--limits", action="store_true", help="run each cell under limits instead")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep measurements there, and use those that are")
+    parser.add_argument(
+        "--openvino-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="an interpreter that has OpenVINO, for its cells (default: this one)",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="name the cells and end")
     parser.add_argument("--json", action="store_true", help="one object on standard output")

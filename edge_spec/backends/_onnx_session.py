@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,15 @@ from typing import Any
 from edge_spec.errors import BackendError, BackendMemoryError
 
 MEMORY_REMEDY = "lower --ctx (n_ctx=), do without a draft model (--drafter lookup), or take a smaller model"
+
+
+def import_library() -> Any:
+    """ONNX Runtime, which would report every session to its makers over the network unless it is told not to before it
+    is imported (1.29 and later, Linux too). A value that the user set is left alone."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
 
 
 def session_options(ort: Any, threads: int, *, weights_folder: Path | None = None) -> Any:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_kept, check_resized
 from edge_spec.backends._contiguous_cache import ContiguousCache
 from edge_spec.backends._mapped_file import drop_file_pages
-from edge_spec.backends._onnx_session import session_options, translated
+from edge_spec.backends._onnx_session import import_library, session_options, translated
 from edge_spec.backends._quantized_graph import quantized_graph
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.backends.kv_scales import KvScales
@@ -49,7 +49,7 @@ class OnnxModel:
         max_rows: int = 16,
         kv_scales: KvScales | None = None,
     ) -> None:
-        import onnxruntime as ort
+        ort = import_library()
 
         config = export.config
         check_exact(config, name, n_ctx)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_kept, check_resized
-from edge_spec.backends._onnx_session import session_options, translated
+from edge_spec.backends._onnx_session import import_library, session_options, translated
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.backends.top_k import top_k
 from edge_spec.checkpoint.exporter import GraphExport
@@ -30,7 +30,7 @@ class PastPresentModel:
     """
 
     def __init__(self, export: GraphExport, *, name: str, n_ctx: int, threads: int, max_rows: int = 16) -> None:
-        import onnxruntime as ort
+        ort = import_library()
 
         config = export.config
         self._padding = 1

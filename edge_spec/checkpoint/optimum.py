@@ -11,7 +11,12 @@ from edge_spec.checkpoint import optimum_child
 from edge_spec.checkpoint.folder import Checkpoint
 from edge_spec.errors import BackendError, StorageError, UnsupportedArchitectureError
 
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
+}
 
 
 def run_optimum(checkpoint: Checkpoint, python: Path, folder: Path) -> Path:

@@ -61,8 +61,8 @@ class Estimate:
 
     @property
     def band_bytes(self) -> int:
-        """How far above the estimate a run may come: 32 MiB, or 4 % where that is more."""
-        return max(32 << 20, self.peak_bytes // 25)
+        """How far above the estimate a run may come."""
+        return band_bytes(self.peak_bytes)
 
     def fits(self, budget_bytes: int) -> bool:
         """Whether the run stays within a budget even at the upper end of the band."""
@@ -91,6 +91,11 @@ class Estimate:
             else:
                 high = middle - 1
         return low
+
+
+def band_bytes(peak_bytes: int) -> int:
+    """How far above an estimate a run may come: 32 MiB, or 4 % where that is more."""
+    return max(32 << 20, peak_bytes // 25)
 
 
 def estimate(target: ModelFacts, draft: ModelFacts | None, settings: Settings) -> Estimate:

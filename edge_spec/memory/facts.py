@@ -52,9 +52,12 @@ class Layer:
         return self.kv_heads * self.value_dim
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelFacts:
-    """A model as far as memory is concerned. `tensors` have the names of GGUF files, whatever the source."""
+    """A model as far as memory is concerned. `tensors` have the names of GGUF files, whatever the source.
+
+    Facts equal themselves only, so that what is worked out of them can be kept by them.
+    """
 
     name: str
     origin: Origin

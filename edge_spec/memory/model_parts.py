@@ -9,6 +9,7 @@ from edge_spec.errors import UsageError
 from edge_spec.export.graph import StoredMatrix
 from edge_spec.export.recipe import Recipe
 from edge_spec.memory import compute, runtime
+from edge_spec.memory.exporting import export_bytes
 from edge_spec.memory.facts import ModelFacts, Origin
 from edge_spec.memory.kv import cache_bytes, find_kv_type, state_bytes
 from edge_spec.memory.parts import Component, Owner, Settings, Source
@@ -86,7 +87,7 @@ def _onnx_parts(model: _Model) -> list[Component]:
             weights.anonymous,
             mapped_bytes=weights.mapped,
             touched_bytes=weights.touched,
-            load_bytes=_export_bytes(model),
+            load_bytes=export_bytes(facts, model.recipe, settings.threads),
         ),
         model.cache(),
         model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx), grows=True),
@@ -118,7 +119,7 @@ def _openvino_parts(model: _Model) -> list[Component]:
             "weights",
             weights.anonymous,
             mapped_bytes=weights.mapped,
-            load_bytes=_export_bytes(model),
+            load_bytes=export_bytes(facts, model.recipe, settings.threads),
         ),
         model.cache(),
         model.part("rotary tables", 2 * compute.rope_bytes(facts, settings.n_ctx), grows=True),
@@ -151,15 +152,3 @@ def _llama_parts(model: _Model) -> list[Component]:
     if facts.is_recurrent:
         parts.append(model.part("recurrent state", state_bytes(facts)))
     return parts
-
-
-def _export_bytes(model: _Model) -> int:
-    """Memory for the moment that a model is exported, before it is loaded: each thread turns a chunk at a time."""
-    from edge_spec.export.filling import CHUNK_WEIGHTS, corrected_bytes
-
-    facts, settings = model.facts, model.settings
-    if facts.origin is Origin.EXPORT:
-        return 0
-    if facts.config is not None and model.recipe is not None and model.recipe.corrected:
-        return runtime.EXPORTER + corrected_bytes(facts.config, settings.threads)
-    return runtime.EXPORTER + settings.threads * CHUNK_WEIGHTS * runtime.EXPORT_BYTES_PER_WEIGHT

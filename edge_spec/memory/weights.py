@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from edge_spec.backends.alignment import round_up
 from edge_spec.errors import UnsupportedArchitectureError
@@ -24,6 +25,7 @@ class WeightBytes:
     touched: int
 
 
+@lru_cache(maxsize=8)  # a target, its draft and the recipes that they are tried with, at many windows
 def stored_matrices(facts: ModelFacts, recipe: Recipe | None) -> tuple[StoredMatrix, ...]:
     """The matrices of the export that a recipe (None: the default one) makes, or those of a finished export.
 

@@ -1,13 +1,25 @@
-"""One run whose memory is measured, and the grids of them."""
+"""One run whose memory is measured, and the grid of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-REAL = ("smollm2-135m", "qwen2.5-coder-0.5b")
-TARGET, DRAFT = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
+SMALL, DRAFT, TARGET = "smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
 DEFAULT_ROWS, DEFAULT_BATCH = 16, 128
+
+FITTED: Mapping[str, tuple[str, ...]] = {
+    "random-gqa": ("onnx", "llama", "openvino"),
+    "random-mha": ("onnx", "llama", "openvino"),
+    "random-mqa-untied": ("onnx", "llama", "openvino"),
+    "random-qwen3": ("onnx", "llama"),
+    "random-windowed": ("onnx", "llama"),
+    SMALL: ("onnx", "llama", "openvino"),
+    DRAFT: ("onnx",),
+    TARGET: ("onnx",),
+}
+"""Models, and backends, whose runs the estimate's measured constants were chosen by. All others are held out: they
+tell how well the constants do where they were not fitted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +38,8 @@ class Cell:
     rows: int = DEFAULT_ROWS
     """Most rows of logits in a pass."""
     threads: int = 2
+    recipe: str | None = None
+    """Not None: the model is exported by this recipe, and not run."""
 
     @property
     def is_plain(self) -> bool:
@@ -35,15 +49,24 @@ class Cell:
     @property
     def name(self) -> str:
         """What is said about it, in one word a choice."""
+        if self.recipe is not None:
+            return f"{self.model} export {self.recipe} threads={self.threads}"
         words = [self.model, self.backend, str(self.n_ctx)]
         words += [f"draft={self.draft}"] if self.draft else []
         words += [f"kv={self.kv}"] if self.kv else []
         words += [] if self.is_plain else [f"batch={self.batch}", f"rows={self.rows}"]
         return " ".join(words)
 
+    @property
+    def is_held_out(self) -> bool:
+        """Whether no constant of the estimate was fitted to runs like it."""
+        if self.recipe is not None:
+            return self.model != SMALL
+        return self.kv is not None or self.backend not in FITTED.get(self.model, ())
 
-def full_grid(backends: tuple[str, ...], random_models: dict[str, tuple[str, ...]]) -> Iterator[Cell]:
-    """Model × backend × context × batch and rows × draft, the quick ones first.
+
+def full_grid(backends: tuple[str, ...], random_models: Mapping[str, tuple[str, ...]]) -> Iterator[Cell]:
+    """Model × backend × context × batch and rows × cache type × draft, the quick ones first, then exports.
 
     `random_models`: names, each with the backends that run it.
     """
@@ -53,24 +76,45 @@ def full_grid(backends: tuple[str, ...], random_models: dict[str, tuple[str, ...
                 yield Cell(model=model, backend=backend, n_ctx=1024)
                 yield Cell(model=model, backend=backend, n_ctx=4096)
     for backend in backends:
-        for n_ctx in (256, 1024, 2048, 4096, 8192):
-            yield Cell(model=REAL[0], backend=backend, n_ctx=n_ctx)
-        for batch, rows in ((32, 16), (512, 16), (128, 4), (128, 64)):
-            yield Cell(model=REAL[0], backend=backend, n_ctx=2048, batch=batch, rows=rows)
-        for kv in KV_TYPES[backend]:
-            yield Cell(model=REAL[0], backend=backend, n_ctx=2048, kv=kv)
-        yield Cell(model=REAL[0], backend=backend, n_ctx=2048, draft=REAL[0])
+        yield from _of_the_small_model(backend)
     for backend in backends:
-        for n_ctx in (512, 2048, 4096):
-            yield Cell(model=REAL[1], backend=backend, n_ctx=n_ctx)
-        yield Cell(model=REAL[1], backend=backend, n_ctx=2048, batch=512, rows=32)
-        for kv in KV_TYPES[backend]:
-            yield Cell(model=REAL[1], backend=backend, n_ctx=2048, kv=kv)
-    for backend in backends:
-        for n_ctx in (512, 2048, 4096):
+        yield Cell(model=DRAFT, backend=backend, n_ctx=1024)
+        yield Cell(model=DRAFT, backend=backend, n_ctx=2048, batch=512, rows=32)
+    for n_ctx in (1024, 2048, 4096):
+        for backend in backends:
             yield Cell(model=TARGET, backend=backend, n_ctx=n_ctx, draft=DRAFT)
-        yield Cell(model=TARGET, backend=backend, n_ctx=2048)
+            if backend != "openvino":
+                yield Cell(model=TARGET, backend=backend, n_ctx=n_ctx)
+    for backend in backends:
+        yield Cell(model=TARGET, backend=backend, n_ctx=1024, draft=DRAFT, kv=SMALLEST_KV[backend])
+    if "onnx" in backends:
+        yield from _exports()
 
 
-KV_TYPES: dict[str, tuple[str, ...]] = {"onnx": (), "openvino": (), "llama": ()}
+def _of_the_small_model(backend: str) -> Iterator[Cell]:
+    for n_ctx in (256, 1024, 2048, 4096, 8192):
+        yield Cell(model=SMALL, backend=backend, n_ctx=n_ctx)
+    for batch, rows in ((32, 16), (512, 16), (128, 4), (128, 64)):
+        yield Cell(model=SMALL, backend=backend, n_ctx=2048, batch=batch, rows=rows)
+    for kv in KV_TYPES[backend]:
+        yield Cell(model=SMALL, backend=backend, n_ctx=2048, kv=kv)
+    yield Cell(model=SMALL, backend=backend, n_ctx=2048, draft=SMALL)
+
+
+def _exports() -> Iterator[Cell]:
+    for recipe in ("int4", "int8", "exact", "draft", "int4-accurate"):
+        yield Cell(model=SMALL, backend="onnx", n_ctx=2, recipe=recipe)
+    yield Cell(model=SMALL, backend="onnx", n_ctx=2, recipe="int4", threads=1)
+    for model in ("random-mha", "random-mqa-untied", DRAFT, TARGET):
+        yield Cell(model=model, backend="onnx", n_ctx=2, recipe="int4")
+    yield Cell(model=DRAFT, backend="onnx", n_ctx=2, recipe="draft")
+
+
+KV_TYPES: Mapping[str, tuple[str, ...]] = {
+    "onnx": ("q8",),
+    "openvino": ("f16", "u8"),
+    "llama": ("f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+}
 """Types of cache elements beside the default, by backend."""
+SMALLEST_KV: Mapping[str, str] = {"onnx": "q8", "openvino": "u8", "llama": "q8_0"}
+"""What the pair is run with besides."""

@@ -9,7 +9,9 @@ from edge_spec.export.exporter import ensure_export, export_key
 from edge_spec.export.folder import is_export
 from edge_spec.export.recipe import RECIPES, Recipe, default_recipe
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.memory import Estimate, ModelFacts, Settings, estimate, facts_of_export, facts_of_gguf
+from edge_spec.memory import Estimate, ModelFacts, Settings, estimate, facts_of_export, facts_of_gguf, runtime
+from edge_spec.memory.estimate import band_bytes
+from edge_spec.memory.exporting import export_bytes
 from edge_spec.memory.weights import stored_bytes, stored_matrices
 from edge_spec.store import Store
 from memory_bench.cell import Cell
@@ -26,6 +28,18 @@ class Foretold:
 
     estimate: Estimate
     stored_weight_bytes: int
+    export_bytes: int = 0
+    """What the process holds while it exports, of a cell that does only that."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most anonymous memory."""
+        return self.export_bytes or self.estimate.peak_bytes
+
+    @property
+    def band_bytes(self) -> int:
+        """How far above it the run may come."""
+        return band_bytes(self.peak_bytes)
 
     def sum_of(self, name: str, kind: str = "committed_bytes") -> int:
         """One part of target and draft together."""
@@ -37,6 +51,8 @@ def foretell(cell: Cell, store: Store, *, path_of: dict[str, Path]) -> Foretold:
 
     `path_of`: files of models that are not in the store.
     """
+    if cell.recipe is not None:
+        return _foretell_export(cell, store, path_of)
     draft_backend = "onnx" if cell.backend == "openvino" else cell.backend
     target, stored = _facts(cell.model, cell.backend, None, store, path_of)
     draft = None
@@ -53,6 +69,15 @@ def foretell(cell: Cell, store: Store, *, path_of: dict[str, Path]) -> Foretold:
         lookup=cell.is_plain and not cell.draft,
     )
     return Foretold(estimate(target, draft, settings), stored)
+
+
+def _foretell_export(cell: Cell, store: Store, path_of: dict[str, Path]) -> Foretold:
+    assert cell.recipe is not None
+    recipe = RECIPES[cell.recipe]
+    facts = facts_of_gguf(store.resolve(path_of.get(cell.model, cell.model)).path, name=cell.model)
+    counted = estimate(facts, None, Settings(n_ctx=cell.n_ctx, threads=cell.threads, recipe=recipe))
+    held = runtime.PYTHON + export_bytes(facts, recipe, cell.threads)
+    return Foretold(counted, stored_bytes(stored_matrices(facts, recipe)), held)
 
 
 def _facts(
@@ -89,7 +114,7 @@ class Compared:
     @property
     def error_bytes(self) -> int:
         """Estimate less measurement: negative where the estimate was too low."""
-        return self.foretold.estimate.peak_bytes - self.peak_bytes
+        return self.foretold.peak_bytes - self.peak_bytes
 
     @property
     def error(self) -> float:
@@ -99,29 +124,40 @@ class Compared:
     @property
     def beyond_band(self) -> bool:
         """Whether more was needed than the estimate and its band."""
-        return -self.error_bytes > self.foretold.estimate.band_bytes
+        return -self.error_bytes > self.foretold.band_bytes
 
     @property
     def load_error_bytes(self) -> int:
         """The same as `error_bytes` for the peak while loading."""
+        if self.cell.recipe is not None:
+            return self.error_bytes
         stages = (self.measured.stages[name].peak_anonymous_bytes for name in ("imported", "loaded"))
         return self.foretold.estimate.load_peak_bytes - max(stages)
+
+    def allocated(self) -> dict[str, tuple[int, int]]:
+        """Bytes of cache and weights: as the backend told, and as foretold."""
+        heard: dict[str, int] = self.measured.facts["heard"]
+        told, foretold = heard.get, self.foretold
+        if self.cell.recipe is not None:
+            return {"weights": (told("stored_weight_bytes", 0), foretold.stored_weight_bytes)}
+        found = {"cache": (told("cache_bytes", 0), foretold.sum_of("cache"))}
+        if self.cell.backend != "llama":
+            return found | {"weights": (told("stored_weight_bytes", 0), foretold.stored_weight_bytes)}
+        state = told("state_bytes", 0), foretold.sum_of("recurrent state")
+        return (
+            found
+            | ({"state": state} if any(state) else {})
+            | {
+                "mapped weights": (told("mapped_weight_bytes", 0), foretold.sum_of("weights", "mapped_bytes")),
+                "repacked weights": (told("repacked_bytes", 0), foretold.sum_of("weights")),
+            }
+        )
 
     def differences(self) -> dict[str, int]:
         """Bytes of cache and weights that the backend allocated beside what was foretold; empty where they agree.
 
         llama.cpp is believed to the precision of its log.
         """
-        heard: dict[str, int] = self.measured.facts["heard"]
-        pairs = {"cache": (heard.get("cache_bytes", 0), self.foretold.sum_of("cache"))}
-        precision = 0
-        if self.cell.backend == "llama":
-            precision = _LOG_STEP * (2 if self.cell.draft else 1)
-            weights = self.foretold
-            pairs["mapped weights"] = heard["mapped_weight_bytes"], weights.sum_of("weights", "mapped_bytes")
-            pairs["repacked weights"] = heard.get("repacked_bytes", 0), weights.sum_of("weights")
-            pairs["recurrent state"] = heard.get("state_bytes", 0), weights.sum_of("recurrent state")
-        else:
-            pairs["weights"] = heard["stored_weight_bytes"], self.foretold.stored_weight_bytes
-        differences = {name: found - said for name, (found, said) in pairs.items()}
+        precision = 0 if self.cell.backend != "llama" else _LOG_STEP * (2 if self.cell.draft else 1)
+        differences = {name: found - said for name, (found, said) in self.allocated().items()}
         return {name: n_bytes for name, n_bytes in differences.items() if abs(n_bytes) > precision}

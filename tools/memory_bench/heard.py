@@ -48,12 +48,9 @@ def sum_lines(lines: Iterable[str]) -> dict[str, int]:
 
 
 def buffers(model: Any) -> dict[str, int]:
-    """Bytes of the arrays that a model on ONNX Runtime or OpenVINO was given, and its export's packed weights."""
-    held = model._held
-    cached = [
-        array for name, array in held.items() if name.startswith(("past_key", "past_value", "key_cache", "value_cache"))
-    ]
+    """Bytes of the arrays that a model on ONNX Runtime or OpenVINO was given for keys and values, and its export's
+    packed weights."""
     return {
-        "cache_bytes": sum(array.nbytes for array in cached),
+        "cache_bytes": sum(array.nbytes for _, array in model._cache.arrays()),
         "stored_weight_bytes": model.spec.weight_bytes,
     }

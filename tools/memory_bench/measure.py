@@ -57,17 +57,18 @@ class Measured:
         return self.facts.get("stage") == "generated" and self.exit_code == 0
 
 
-def measure(cell: Cell, *, prefix: Sequence[str] = (), environment: dict[str, str] | None = None) -> Measured:
-    """Run a cell to its end. `prefix`: a command that runs the rest of its arguments, with limits for instance."""
+def measure(cell: Cell, *, prefix: Sequence[str] = (), python: str = sys.executable) -> Measured:
+    """Run a cell to its end with the interpreter `python`. `prefix`: a command that runs the rest of its arguments,
+    with limits for instance."""
     path = os.pathsep.join(filter(None, [str(_TOOLS), str(_TOOLS.parent), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [*prefix, sys.executable, "-m", "memory_bench.worker", json.dumps(asdict(cell))],
+        [*prefix, python, "-m", "memory_bench.worker", json.dumps(asdict(cell))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        env=os.environ | {"PYTHONPATH": path} | (environment or {}),
+        env=os.environ | {"PYTHONPATH": path},
     )
     watcher = _Watcher(process.pid)
     complaints: list[str] = []

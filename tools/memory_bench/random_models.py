@@ -1,4 +1,4 @@
-"""Models with random weights, 40 to 110 MB each, for what the real ones at hand are not."""
+"""Models with random weights, 20 to 110 MB each, for what the real ones at hand are not."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ def _decoder(backends: tuple[str, ...] = _EXPORTED, **changes: Any) -> RandomMod
     return RandomModel(write, backends)
 
 
+def _layered(architecture: str, **sizes: int) -> RandomModel:
+    """What only llama.cpp runs."""
+
+    def write(path: Path) -> Path:
+        from tests.tiny_layers import write_layered_gguf
+
+        wanted = {"n_layer": 6, "hidden": 512, "n_vocab": 32000, "n_ctx": 4096, "ff": 512, "n_head": 8, **sizes}
+        return write_layered_gguf(path, architecture, tensor_type="Q4_K", **wanted)
+
+    return RandomModel(write, ("llama",))
+
+
 MODELS: Mapping[str, RandomModel] = {
     "random-gqa": _decoder(),
     "random-mha": _decoder(n_kv_head=16, tensor_type="Q8_0"),
@@ -34,6 +46,21 @@ MODELS: Mapping[str, RandomModel] = {
     "random-windowed": _decoder(
         ("onnx", "llama"), architecture="gemma3", metadata={"gemma3.attention.sliding_window": 512}
     ),
+    "random-deep": _decoder(n_layer=20, hidden=512, n_head=8, n_kv_head=2, ff=2048, n_vocab=20000, tensor_type="Q6_K"),
+    "random-fused": _decoder(("onnx", "llama"), architecture="phi3", hidden=768, n_head=8, ff=2048, n_kv_head=8),
+    "random-gemma2": _decoder(
+        ("onnx", "llama"),
+        architecture="gemma2",
+        hidden=768,
+        n_head=12,
+        ff=3072,
+        metadata={"gemma2.attention.sliding_window": 512},
+    ),
+    "random-moe": _layered("qwen3moe", n_expert=16),
+    "random-mla": _layered("deepseek2", n_expert=8),
+    "random-mamba": _layered("mamba", hidden=768),
+    "random-falcon-h1": _layered("falcon-h1", hidden=768, ff=1536),
+    "random-lfm2": _layered("lfm2", hidden=768, ff=1536),
 }
 
 

@@ -9,35 +9,44 @@ from typing import Any
 
 from memory_bench.foretell import MIB, Compared
 
-_HEAD = ("cell", "measured", "estimate", "error", "error %", "band", "load error", "files", "cache and weights")
+_HEAD = ("cell", "", "measured", "estimate", "error", "error %", "band", "loading", "mapped", "cache and weights")
 
 
 def as_text(results: Sequence[Compared]) -> str:
-    """Sizes in MiB; a negative error is an estimate that was too low."""
+    """A Markdown table and its figures. Sizes in MiB; a negative error is an estimate that was too low."""
     rows = [_row(result) for result in results]
     widths = [max(len(row[column]) for row in (_HEAD, *rows)) for column in range(len(_HEAD))]
     lines = []
-    for row in (_HEAD, *rows):
+    for row in (_HEAD, tuple("-" * width for width in widths), *rows):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[0], cells[-1] = row[0].ljust(widths[0]), row[-1]
-        lines.append("  ".join(cells).rstrip())
+        cells[0], cells[-1] = row[0].ljust(widths[0]), row[-1].ljust(widths[-1])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_summary(results)])
 
 
 def _row(result: Compared) -> tuple[str, ...]:
-    estimate = result.foretold.estimate
-    differences = result.differences()
+    foretold = result.foretold
     return (
         result.cell.name,
+        "held out" if result.cell.is_held_out else "",
         f"{result.peak_bytes / MIB:.1f}",
-        f"{estimate.peak_bytes / MIB:.1f}",
+        f"{foretold.peak_bytes / MIB:.1f}",
         f"{result.error_bytes / MIB:+.1f}",
         f"{100 * result.error:+.1f}",
-        f"{estimate.band_bytes / MIB:.0f}",
+        f"{foretold.band_bytes / MIB:.0f}",
         f"{result.load_error_bytes / MIB:+.1f}",
         f"{result.measured.peak.mapped_bytes / MIB:.0f}",
-        ", ".join(f"{name} {n_bytes:+d} B" for name, n_bytes in differences.items()) or "equal",
+        _allocations(result),
     )
+
+
+def _allocations(result: Compared) -> str:
+    """What the backend allocated, and whether it is what was foretold."""
+    told = ", ".join(f"{name} {found / MIB:.2f}" for name, (found, _) in result.allocated().items())
+    differences = result.differences()
+    if not differences:
+        return f"{told}: equal"
+    return f"{told}: {', '.join(f'{name} {n_bytes:+d} B' for name, n_bytes in differences.items())}"
 
 
 def figures(results: Sequence[Compared]) -> dict[str, Any]:
@@ -57,16 +66,32 @@ def figures(results: Sequence[Compared]) -> dict[str, Any]:
     }
 
 
+def _parts(results: Sequence[Compared]) -> dict[str, list[Compared]]:
+    """All cells, and kinds of them; only kinds that there are."""
+    held_out = [result for result in results if result.cell.is_held_out]
+    kinds = {
+        "All": list(results),
+        "Fitted to": [result for result in results if not result.cell.is_held_out],
+        "Held out": held_out,
+        "Real models": [result for result in results if not result.cell.model.startswith("random-")],
+        "Exports": [result for result in results if result.cell.recipe is not None],
+    }
+    return {name: part for name, part in kinds.items() if part}
+
+
 def _summary(results: Sequence[Compared]) -> list[str]:
-    found = figures(results)
-    return [
-        f"{found['cells']} cells. Error of the peak: median {100 * found['median_error']:.1f} %, 95th percentile "
-        f"{100 * found['p95_error']:.1f} % or {found['p95_error_bytes'] / MIB:.1f} MiB; "
-        f"{100 * found['within_7_percent_or_32_mib']:.0f} % of the cells within 7 % or 32 MiB.",
-        f"Worst underestimate {found['worst_underestimate_bytes'] / MIB:.1f} MiB; beyond the band: "
-        f"{', '.join(found['beyond_band']) or 'none'}. "
-        f"Cache or weights not equal: {', '.join(found['cache_and_weights_differ']) or 'none'}.",
-    ]
+    lines = []
+    for name, part in _parts(results).items():
+        found = figures(part)
+        lines.append(
+            f"{name}: {found['cells']} cells. Error of the peak: median {100 * found['median_error']:.1f} %, 95th "
+            f"percentile {100 * found['p95_error']:.1f} % or {found['p95_error_bytes'] / MIB:.1f} MiB; "
+            f"{100 * found['within_7_percent_or_32_mib']:.0f} % of the cells within 7 % or 32 MiB. Worst underestimate "
+            f"{found['worst_underestimate_bytes'] / MIB:.1f} MiB; beyond the band: "
+            f"{', '.join(found['beyond_band']) or 'none'}."
+        )
+    differ = figures(results)["cache_and_weights_differ"]
+    return [*lines, f"Cache or weights not equal: {', '.join(differ) or 'none'}."]
 
 
 def _p95(values: Sequence[float]) -> float:
@@ -77,7 +102,10 @@ def _p95(values: Sequence[float]) -> float:
 
 def as_json(results: Sequence[Compared]) -> dict[str, Any]:
     """Everything, for other programs."""
-    return {"figures": figures(results), "cells": [_as_object(result) for result in results]}
+    return {
+        "figures": {name: figures(part) for name, part in _parts(results).items()},
+        "cells": [_as_object(result) for result in results],
+    }
 
 
 def _as_object(result: Compared) -> dict[str, Any]:
@@ -85,7 +113,9 @@ def _as_object(result: Compared) -> dict[str, Any]:
     return {
         "cell": asdict(result.cell),
         "name": result.cell.name,
+        "held_out": result.cell.is_held_out,
         "peak_anonymous_bytes": result.peak_bytes,
+        "estimated_bytes": result.foretold.peak_bytes,
         "stages": {name: asdict(stage) for name, stage in measured.stages.items()},
         "resident_bytes": measured.resident,
         "facts": measured.facts,
@@ -100,5 +130,6 @@ def _as_object(result: Compared) -> dict[str, Any]:
         },
         "error_bytes": result.error_bytes,
         "error": result.error,
+        "allocated": result.allocated(),
         "differences": result.differences(),
     }

@@ -6,10 +6,10 @@ comes back when the parent has looked.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import sys
+import tempfile
 from collections import Counter
 from contextlib import closing
 from dataclasses import asdict
@@ -48,8 +48,12 @@ def main() -> None:
         from memory_bench.heard import LlamaLog
 
         log = LlamaLog() if cell.backend == "llama" else None
-        run = _run_engine if cell.is_plain else _run_alone
-        run(cell, log, tell)
+        if cell.recipe is not None:
+            _run_export(cell, tell)
+        elif cell.is_plain:
+            _run_engine(cell, log, tell)
+        else:
+            _run_alone(cell, log, tell)
     except EdgeSpecError as exc:
         tell("refused", error=type(exc).__name__, message=str(exc))
 
@@ -59,10 +63,6 @@ def _run_engine(cell: Cell, log: Any, tell: Any) -> None:
     from edge_spec import Engine
 
     tell("imported")
-    wanted: dict[str, Any] = {"kv": cell.kv} if cell.kv else {}
-    if unknown := wanted.keys() - inspect.signature(Engine.load).parameters.keys():
-        tell("refused", error="NoSuchOption", message=f"Engine.load has no {', '.join(unknown)}")
-        return
     loading = Engine.load(
         target=cell.model,
         draft=cell.draft,
@@ -71,7 +71,7 @@ def _run_engine(cell: Cell, log: Any, tell: Any) -> None:
         drafter="model" if cell.draft else "auto",
         n_ctx=cell.n_ctx,
         threads=cell.threads,
-        **wanted,
+        kv=cell.kv,
     )
     with closing(loading) as engine:
         models = [session._model for session in engine._sessions()]
@@ -125,6 +125,27 @@ def _run_alone(cell: Cell, log: Any, tell: Any) -> None:
         session.decode(ids, chunk=cell.batch, on_progress=lambda _done, _total: _sample())
         session.decode(ids + ids[: cell.rows], rows=cell.rows)
         tell("generated", heard=_heard(log, [model]), prompt_tokens=len(ids), generated_tokens=0)
+
+
+def _run_export(cell: Cell, tell: Any) -> None:
+    """The exporter, as a first load runs it, into a folder that is gone afterwards."""
+    from edge_spec.export.exporter import export_model
+    from edge_spec.export.recipe import RECIPES
+    from edge_spec.store import Store
+
+    tell("imported")
+    store = Store()
+    local = store.resolve(cell.model)
+    with tempfile.TemporaryDirectory(dir=store.exports_dir) as folder:
+        made = export_model(
+            local.path,
+            RECIPES[cell.recipe or ""],
+            Path(folder) / "export",
+            sha256=local.sha256,
+            threads=cell.threads,
+            progress=lambda _done, _total: _sample(),
+        )
+        tell("generated", heard={"stored_weight_bytes": made.weight_bytes}, prompt_tokens=0, generated_tokens=0)
 
 
 def _sample() -> None:
