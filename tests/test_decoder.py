@@ -16,6 +16,7 @@ from edge_spec.answer_file import AnswerFile
 from edge_spec.decoding import SpeculativeDecoder, Step
 from edge_spec.decoding.session import PREFILL_CHUNK, Session
 from edge_spec.drafting import (
+    CascadeDrafter,
     Costs,
     Drafter,
     HistoryDrafter,
@@ -94,7 +95,7 @@ class UnsureDrafter(ModelDrafter):
 
 def planner(model: ModelDrafter | None, *more: Drafter) -> Planner:
     """A planner for a target of whose passes nothing is known."""
-    lookup = LookupDrafter(max_draft=7, bold=True)
+    lookup = LookupDrafter(min_match=1, max_draft=7, bold=True)
     return Planner(Costs(max_rows=8), lookup, model, more=more, fixed=Costs(max_rows=8))
 
 
@@ -137,6 +138,9 @@ DRAFTERS: dict[str, Callable[[int, int], Drafter]] = {
     "model": lambda n_vocab, seed: model_drafter(n_vocab, seed, draft_tokens=1 + seed % 5),
     "self": lambda n_vocab, seed: model_drafter(n_vocab, seed // 7, draft_tokens=3),
     "unsure": lambda n_vocab, seed: UnsureDrafter(Session(FakeLM(n_vocab, 64, seed // 7))),
+    "cascade": lambda n_vocab, seed: CascadeDrafter(
+        Session(FakeLM(n_vocab, 64, seed // 7, name="draft")), draft_tokens=1 + seed % 5
+    ),
     "short window": lambda n_vocab, seed: model_drafter(n_vocab, seed // 7, n_ctx=16),
     "planner": lambda n_vocab, seed: planner(model_drafter(n_vocab, seed // 7)),
     "planner without a model": lambda n_vocab, seed: planner(None),
@@ -192,7 +196,20 @@ SAMPLINGS = {
 
 
 @pytest.mark.parametrize(
-    "kind", ["none", "random", "lookup", "model", "unsure", "planner", "reference", "planner with references"]
+    "kind",
+    [
+        "none",
+        "random",
+        "lookup",
+        "model",
+        "unsure",
+        "cascade",
+        "planner",
+        "reference",
+        "history",
+        "planner with history",
+        "planner with references",
+    ],
 )
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_sampled_text_has_the_targets_distribution(name: str, kind: str) -> None:
