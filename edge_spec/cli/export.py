@@ -36,7 +36,7 @@ def export(
         typer.Option(help="The target that this will draft for: 4 bits, and in ONNX a trimmed output head."),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="int4, int4-accurate, int8 or exact. Default: follows the source.")
+        str | None, typer.Option(help="int4, int4-accurate, int4-fast, int8 or exact. Default: follows the source.")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8 bits a weight, for a recipe of your own.")] = None,
     block: Annotated[int | None, typer.Option(help="Weights that share a scale, for a recipe of your own.")] = None,
