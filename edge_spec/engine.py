@@ -75,6 +75,7 @@ class Engine:
         *,
         target: str | Path | None = None,
         draft: str | Path | None = None,
+        smaller_drafts: Sequence[str | Path] = (),
         backend: str = "onnx",
         draft_backend: str | None = None,
         drafter: str = "auto",
@@ -92,6 +93,9 @@ class Engine:
 
         Models are names, hub references that were pulled, paths of GGUF files or of exports. The first load of a GGUF
         on the onnx or openvino backend exports it into the store.
+
+        `smaller_drafts`, the best first, are for where memory is short: the first that fits takes the draft's place
+        before drafts are given up. A pair's manifest may name them too.
 
         `draft_backend` defaults to `backend`, and to onnx where that is openvino.
 
@@ -126,6 +130,7 @@ class Engine:
             pair=pair,
             target=target,
             draft=draft,
+            smaller_drafts=tuple(smaller_drafts),
             backend=backend,
             draft_backend=draft_backend,
             drafter=drafter,

@@ -47,6 +47,7 @@ class LoadOptions:
     pair: str | None = None
     target: str | Path | None = None
     draft: str | Path | None = None
+    smaller_drafts: tuple[str | Path, ...] = ()
     backend: str = "onnx"
     draft_backend: str | None = None
     drafter: str = "auto"
@@ -84,6 +85,8 @@ class LoadRequest:
 
     source: Source
     draft_source: Source | None
+    smaller_drafts: tuple[Source, ...] = ()
+    """What could take the draft's place where memory is short, best first."""
     backend: str
     draft_backend: str
     threads: int
@@ -132,12 +135,16 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
         _refuse_options_of_a_draft(options)
 
     source = find_source(store, known.target if known else options.target or "")
-    draft_source = find_source(store, draft, share=source.tokenizer) if draft is not None else None
-    if draft_source is not None:
-        check_same_vocabulary(source.tokenizer, draft_source.tokenizer)
+    draft_source = _find_draft(store, draft, source) if draft is not None else None
+    smaller: tuple[str | Path, ...] = options.smaller_drafts
+    if smaller and draft is None:
+        raise UsageError("smaller_drafts stand in for a draft model, and none is used")
+    if known is not None and draft == known.draft and not smaller:
+        smaller = tuple(name for name in known.smaller_drafts if store.has(name))
     return LoadRequest(
         source=source,
         draft_source=draft_source,
+        smaller_drafts=tuple(_find_draft(store, name, source) for name in smaller),
         backend=options.backend,
         draft_backend=chosen_draft_backend(options.draft_backend, options.backend),
         threads=check_threads(options.threads or _recommended_threads(store, options.backend)),
@@ -149,6 +156,13 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
         chat_sampling=known.sampling if known else SamplingParams(),
         chat_system=known.system if known else None,
     )
+
+
+def _find_draft(store: Store, ref: str | Path, target: Source) -> Source:
+    """A draft of the target's vocabulary. VocabMismatchError for another."""
+    found = find_source(store, ref, share=target.tokenizer)
+    check_same_vocabulary(target.tokenizer, found.tokenizer)
+    return found
 
 
 def _recommended_threads(store: Store, backend: str) -> int | None:

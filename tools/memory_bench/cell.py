@@ -92,7 +92,7 @@ def full_grid(backends: tuple[str, ...], random_models: Mapping[str, tuple[str, 
 
 
 def _of_the_small_model(backend: str) -> Iterator[Cell]:
-    for n_ctx in (256, 1024, 2048, 4096, 8192):
+    for n_ctx in (256, 1024, 2048, 4096):
         yield Cell(model=SMALL, backend=backend, n_ctx=n_ctx)
     for batch, rows in ((32, 16), (512, 16), (128, 4), (128, 64)):
         yield Cell(model=SMALL, backend=backend, n_ctx=2048, batch=batch, rows=rows)
