@@ -66,7 +66,7 @@ test-export: install $(VENV)/.optimum
 
 # Perplexity, agreement, divergence and the cost of a pass; with PROBLEMS= (HumanEval's form) also programs that pass.
 QUALITY_TARGET := qwen2.5-coder-1.5b
-QUALITY_RECIPES ?= int4 int4-accurate int4-plain
+QUALITY_RECIPES ?= int4 int4-accurate int4-fast int4-plain
 WORKLOAD ?=
 PROBLEMS ?=
 

@@ -106,6 +106,11 @@ class Chat:
         self._answer = self._stream_ids(replace(asking.prompt, condensing=condensing), done=done, **options)
         return self._answer
 
+    def prompt(self, text: str, *, max_tokens: int | None = None) -> Prompt:
+        """What would be read if `text` was said now; nothing changes. Raises ContextLengthError."""
+        self._end_answer()
+        return self._keeper.ask(text, n_ctx=self._window(), max_tokens=max_tokens).prompt
+
     def prune(self, max_tokens: int) -> int:
         """Drop now what would go when the window is full, so that what is left has at most `max_tokens` tokens.
 

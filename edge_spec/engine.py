@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,19 +11,26 @@ from time import perf_counter
 from types import TracebackType
 from typing import Unpack
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_spec.assembly import KeptCosts, References, make_drafters, past_answers
+from edge_spec.chat_template import ChatTemplate
 from edge_spec.context import Surprisal, draft_score, report
 from edge_spec.conversation import Chat
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter
+from edge_spec.decoding.scoring import surprisal
 from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter, PastAnswers
 from edge_spec.errors import UsageError
 from edge_spec.fitting import FittedRequest, fit
 from edge_spec.generation import EngineInfo, GenerationOptions, Stream, make_result
-from edge_spec.ladder import make_governor
+from edge_spec.ladder import Ladder, make_governor, make_ladder
 from edge_spec.loading import KV_TYPES, Source, StageProgress
+from edge_spec.memory.budget import granted
 from edge_spec.memory.governor import Governor
+from edge_spec.memory.pressure import OwnMemory
 from edge_spec.opening import (
     DRAFTERS,
     NEED_MODEL,
@@ -35,7 +43,17 @@ from edge_spec.opening import (
 )
 from edge_spec.prompting import Prompting
 from edge_spec.store import Store
-from edge_spec.types import Condensing, Dropped, GenerationResult, Hole, Progress, Prompt, SamplingParams
+from edge_spec.tokenizer import Tokenizer
+from edge_spec.types import (
+    Condensing,
+    Dropped,
+    GenerationResult,
+    Hole,
+    ModelSpec,
+    Progress,
+    Prompt,
+    SamplingParams,
+)
 
 COPYING = ("reference", "auto")
 """Drafters that copy from references."""
@@ -53,6 +71,7 @@ class Engine:
         kept: KeptCosts,
         *,
         governor: Governor,
+        ladder: Ladder,
         default: str,
         past: PastAnswers | None = None,
     ) -> None:
@@ -62,6 +81,7 @@ class Engine:
         self._target = target
         self._drafters = drafters
         self._governor = governor
+        self._ladder = ladder
         self._default = default
         self._past = past
         self._references = References(source.tokenizer)
@@ -149,13 +169,15 @@ class Engine:
         past = past_answers(store, request.source.tokenizer) if history else None
         drafters = make_drafters(models, past, draft_tokens, batch=request.batch)
         session = Session(models.target.model, chunk=request.batch)
+        ladder = make_ladder(session, drafters)
         return cls(
             _describe(fitted, models, drafter, perf_counter() - started),
             request.source,
             session,
             drafters,
             KeptCosts.of(request, models, store),
-            governor=make_governor(fitted.budget, session, drafters),
+            governor=make_governor(fitted.budget, ladder),
+            ladder=ladder,
             default=drafter,
             past=past,
         )
@@ -224,11 +246,16 @@ class Engine:
             pass
         return stream.result
 
-    def chat(self, *, system: str | None = None, on_full: str = "turns") -> Chat:
+    def stream_prompt(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Stream:
+        """Continue a prompt of ids, made by the caller or by `Chat.prompt`; the options are those of `stream`."""
+        return self._stream_ids(prompt, **options)
+
+    def chat(self, *, system: str | None = None, on_full: str = "turns", n_ctx: int | None = None) -> Chat:
         """A conversation; `system` defaults to the pair's own, then to the template's.
 
         `on_full` says what happens when it outgrows the window: "turns" drops the oldest turns but the first, "sinks"
-        evicts the middle from the cache, while it writes too, and "error" raises ContextLengthError.
+        evicts the middle from the cache, while it writes too, and "error" raises ContextLengthError. `n_ctx`: tokens
+        that prompts may have, where that is to be less than the engine's window.
         """
         system = system if system is not None else self.info.chat_system
         return Chat(
@@ -237,7 +264,7 @@ class Engine:
             self._source.tokenizer,
             system=system,
             on_full=on_full,
-            window=lambda: self._target.spec.n_ctx,
+            window=lambda: min(n_ctx or sys.maxsize, self._target.spec.n_ctx),
             condense=self._condense,
         )
 
@@ -245,10 +272,53 @@ class Engine:
         """Tokens of `text`, as plain text."""
         return len(self._source.tokenizer.encode(text))
 
+    def condense(self, text: str, keep: float) -> tuple[str, Condensing]:
+        """What `keep` makes of a text, as a generation would read it, and what was left out. Raises UsageError."""
+        condensed, condensing = self._condense(text, keep)
+        assert condensing is not None, "keep was given"
+        return condensed, condensing
+
+    def score(self, prompt: Prompt, ids: Sequence[int]) -> NDArray[np.float64]:
+        """Minus the log-probability in nats of each of `ids` behind `prompt`, float64 [len(ids)], by the target.
+
+        Raises UsageError for an empty prompt, ContextLengthError.
+        """
+        return surprisal(self._target, prompt.ids, ids, prompt.holes)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the target is and can do, its window as it is now."""
+        return self._target.spec
+
+    @property
+    def template(self) -> ChatTemplate:
+        """What makes a prompt of messages."""
+        return self._source.template
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The target's, which is the draft's too."""
+        return self._source.tokenizer
+
     def reset(self) -> None:
         """Forget what the caches hold, so that the next prompt is read from its first token."""
         for session in self._sessions():
             session.forget()
+
+    def limit_memory(self, ram: str | int) -> None:
+        """From now on the process may hold so much: a size, a device's name or bytes, as `ram` of `load`.
+
+        For a program that is told to hold less; may be called from another thread. What is given up for it, in the
+        middle of a generation too, is in the result. Raises UsageError for a size that is none.
+        """
+        bound = granted(ram)
+        self._governor.watch(OwnMemory(bound.n_bytes))
+        self.info = replace(self.info, budget_bytes=bound.n_bytes)
+
+    @property
+    def measures(self) -> list[str]:
+        """What was given up because memory was short, in the generation that runs or ran last."""
+        return self._governor.measures
 
     def unpadded(self) -> AbstractContextManager[None]:
         """Within the block the target's passes are not padded, as with `pad_rows=False`.
@@ -286,9 +356,10 @@ class Engine:
         refused = self._target.num_refused_rollbacks
 
         def finish(stream: Stream) -> GenerationResult:
-            evicted = report(decoder.stats.holes, tokenizer.decode)
+            policy = prompt.eviction.policy if prompt.eviction else "sinks"
+            evicted = report(decoder.stats.holes, tokenizer.decode, policy)
             info = replace(self.info, n_ctx=self._target.spec.n_ctx)  # which the governor may have made smaller
-            result = make_result(stream, prompt=prompt, info=info, evicted=evicted)
+            result = make_result(stream, prompt=prompt, info=info, evicted=evicted, measures=governor.measures)
             result.notes.extend(governor.notes)
             if evicted and not self._target.spec.can_evict:
                 result.notes.append("this backend cannot evict from its cache, so what was left was read again")
@@ -300,6 +371,7 @@ class Engine:
             return result
 
         governor.begin()
+        self._ladder.attend(decoder.prune_now)
         return Stream(
             lambda cancelled: decoder.generate(
                 prompt.ids,

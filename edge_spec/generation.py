@@ -174,9 +174,9 @@ class Stream:
 
 
 def make_result(
-    stream: Stream, *, prompt: Prompt, info: EngineInfo, evicted: tuple[Dropped, ...] = ()
+    stream: Stream, *, prompt: Prompt, info: EngineInfo, evicted: tuple[Dropped, ...] = (), measures: Sequence[str] = ()
 ) -> GenerationResult:
-    """The figures of a stream that has ended. `evicted`: what its context has lost."""
+    """The figures of a stream that has ended. `evicted`: what its context has lost; `measures`: the governor's."""
     stats = stream.stats
     generated = len(stream.token_ids)
     decode_s = stream.ended_s - stream.first_token_s
@@ -215,9 +215,10 @@ def make_result(
             *info.notes,
             *prompt.notes,
             *notes,
-            *(f"{part.tokens} tokens in the middle are no longer in the context, which was full" for part in evicted),
+            *(f"{part.tokens} tokens in the middle are no longer in the context" for part in evicted),
         ],
         dropped=dropped,
+        measures=tuple(measures),
     )
 
 

@@ -18,16 +18,26 @@ ROOM_TOKENS = 256
 """What a window that is cut down leaves for the rest of the answer."""
 WORTH_SAVING = 0.8
 """A window is cut down to this share of what it was, or less; else it is not worth the copying."""
+LEAST_PRUNED = 512
+"""A context of fewer tokens is not pruned."""
 LEAST_WINDOW = 512
 """A window that memory forces upon the turns to come is not cut below this."""
 
 
-def make_governor(budget: Budget, target: Session, drafters: Mapping[str, Drafter]) -> Governor:
+Prune = Callable[[int], int]
+"""Evicts so that the context at hand has at most so many tokens, if its policy lets it; returns how many went."""
+
+
+def make_governor(budget: Budget, ladder: Ladder) -> Governor:
     """What keeps a target and its draft within `budget`, and out of the way when the machine runs short."""
+    own = OwnMemory(budget.held.n_bytes)
+    return Governor(own, machine_signals(), ladder.rungs, on_stop=ladder.halve_window)
+
+
+def make_ladder(target: Session, drafters: Mapping[str, Drafter]) -> Ladder:
+    """The rungs of a target and, where it has one, of its draft model."""
     model = drafters.get("model")
-    ladder = Ladder(target, model if isinstance(model, ModelDrafter) else None)
-    signals = machine_signals()
-    return Governor(OwnMemory(budget.held.n_bytes), signals, ladder.rungs, on_stop=ladder.halve_window)
+    return Ladder(target, model if isinstance(model, ModelDrafter) else None)
 
 
 class Ladder:
@@ -37,11 +47,19 @@ class Ladder:
         self._target = target
         self._model = model
         self._memory = memory or process_memory()
+        self._prune: Prune | None = None
+
+    def attend(self, prune: Prune | None) -> None:
+        """The generation that begins can be pruned by this; None: it cannot."""
+        self._prune = prune
 
     @property
     def rungs(self) -> list[Rung]:
-        """Mildest first: no draft model, then no more window than the text at hand needs."""
-        return [self.unload_draft, self.fit_window]
+        """No draft model; half of the context; no more window than what is left of it needs.
+
+        The last two alternate until neither has anything to give.
+        """
+        return [self.unload_draft, self.prune_context, self.fit_window]
 
     def unload_draft(self) -> str | None:
         """Close the draft model; what is written goes on without it."""
@@ -49,6 +67,18 @@ class Ladder:
         if model is None or model.is_unloaded:
             return None
         return f"the draft model was unloaded ({self._saved_by(model.unload)} given back)"
+
+    def prune_context(self) -> str | None:
+        """Drop half of the context, so that the window can be cut further.
+
+        Not before a window has been cut that is more than half empty: that costs no text.
+        """
+        length = self._target.asked_length
+        spec = self._target.spec
+        if self._prune is None or not spec.can_resize or length < max(LEAST_PRUNED, spec.n_ctx // 2):
+            return None
+        gone = self._prune(length // 2)
+        return f"{gone} tokens were dropped from the context of {length}" if gone else None
 
     def fit_window(self) -> str | None:
         """Make the target's cache as long as the text so far, and some tokens more."""

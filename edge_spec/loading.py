@@ -26,6 +26,7 @@ from edge_spec.errors import (
 from edge_spec.export.exporter import Export, ensure_export, export_key, open_export
 from edge_spec.export.folder import is_export, read_description
 from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
+from edge_spec.export.source import open_source, refusal_of
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer
@@ -50,7 +51,8 @@ StageProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model before it is loaded: its GGUF, or an export that stands alone."""
+    """A model before it is loaded: its GGUF (or the folder of a checkpoint that reads like one), or an export that
+    stands alone."""
 
     name: str
     gguf: Path
@@ -72,15 +74,22 @@ class LoadedModel:
 
 
 def find_source(store: Store, ref: str | Path, *, share: Tokenizer | None = None) -> Source:
-    """The model behind a name, a pulled hub reference, a GGUF's path or the folder of an export, with its tokenizer.
+    """The model behind a name, a pulled hub reference, a GGUF's path or the folder of an export or a checkpoint, with
+    its tokenizer.
 
     `share`: the target's tokenizer, which a draft of the same vocabulary takes over instead of building its own.
     """
     path = _expanded(ref)
-    if is_export(path) or is_checkpoint(path):
-        name = path.resolve().name
-        export = open_any_export(path) if is_export(path) else _export_of_checkpoint(store, path)
+    name = path.resolve().name
+    if is_export(path):
+        export = open_any_export(path)
         return _read(name, export.source_file, export.source_sha256, export, share)
+    if is_checkpoint(path):
+        refusal = refusal_of(path)
+        if refusal is None:
+            return _read(name, path, open_checkpoint(path).sha256(store.cache_dir), None, share)
+        made = _export_of_checkpoint(store, path, refusal)
+        return _read(name, made.source_file, made.source_sha256, made, share)
     local = store.resolve(ref)
     return _read(local.name, local.path, local.sha256, None, share)
 
@@ -90,13 +99,15 @@ def open_any_export(path: Path) -> Export | GraphExport:
     return open_graph_export(path) if is_graph_export(read_description(path)) else open_export(path)
 
 
-def _export_of_checkpoint(store: Store, path: Path) -> Export | GraphExport:
-    """The store's export of a checkpoint, that of the smallest recipe if there are several."""
+def _export_of_checkpoint(store: Store, path: Path, refusal: UnsupportedArchitectureError) -> Export | GraphExport:
+    """The store's export of a checkpoint that only optimum takes, that of the smallest recipe if there are several."""
     sha256 = open_checkpoint(path).sha256(store.cache_dir)
     for folder in sorted((store.exports_dir / sha256).glob("*-????????")):
         if is_export(folder):
             return open_any_export(folder)
-    raise ModelNotFoundError(f"{path} is a checkpoint; export it first with `edge-spec export {path}`")
+    raise ModelNotFoundError(
+        f"{path} is a checkpoint that takes optimum; export it first with `edge-spec export {path}` ({refusal})"
+    )
 
 
 def _expanded(ref: str | Path) -> Path:
@@ -107,7 +118,7 @@ def _expanded(ref: str | Path) -> Path:
 
 
 def _read(name: str, path: Path, sha256: str, export: Export | GraphExport | None, share: Tokenizer | None) -> Source:
-    with GGUFFile(path) as gguf:
+    with open_source(path) as gguf:
         tokenizer = Tokenizer.from_gguf(gguf, share=share)
         embedding = gguf.tensors.get("token_embd.weight")
         if embedding is not None and embedding.shape[0] < tokenizer.n_vocab:
@@ -164,7 +175,7 @@ class Loader:
 
     def _export(self, source: Source, recipe: Recipe | None) -> Export:
         if recipe is None:
-            with GGUFFile(source.gguf) as gguf:
+            with open_source(source.gguf) as gguf:
                 recipe = default_recipe(gguf)
 
         def report(done: int, total: int) -> None:
@@ -233,6 +244,11 @@ class Loader:
 
         if source.export is not None:
             raise UsageError(f"{source.name} is an export; the llama backend runs GGUF files")
+        if source.gguf.is_dir():
+            raise UsageError(
+                f"{source.name} is a checkpoint, and the llama backend runs GGUF files: make one with llama.cpp's "
+                f"convert_hf_to_gguf.py, or run it on the onnx backend"
+            )
         self._report(f"load {source.name}", 0, 1)
         kv = self.kv or KV_TYPES["llama"][0]
         model = llama.load(source.gguf, name=source.name, n_ctx=n_ctx, threads=self.threads, kv=kv)

@@ -41,12 +41,21 @@ class Hole:
 class Eviction(Protocol):
     """Says what a context loses while it is written on."""
 
+    @property
+    def policy(self) -> str:
+        """The policy's name, as in `Dropped`."""
+        ...
+
     def span(self, length: int, n_ctx: int) -> tuple[int, int] | None:
         """Start and end of the tokens that go when `length` of `n_ctx` are there; None where nothing may go."""
         ...
 
     def span_down_to(self, length: int, max_tokens: int) -> tuple[int, int] | None:
-        """The same, so that at most `max_tokens` are left."""
+        """The same, so that at most `max_tokens` are left, or as few as may be."""
+        ...
+
+    def after(self, start: int, end: int) -> Eviction:
+        """What may go next, now that the tokens [start, end) have gone."""
         ...
 
 
@@ -308,3 +317,5 @@ class GenerationResult:
     """Where the draft ran, None without one; `backend` is the target's."""
     dropped: tuple[Dropped, ...] = ()
     """What the context has lost; `prompt_tokens` counts what was left."""
+    measures: tuple[str, ...] = ()
+    """What was given up in the middle of this generation because memory was short, in order; `notes` say why."""

@@ -230,6 +230,7 @@ def test_the_fields_of_a_decoder_survive_the_export(tmp_path: Path) -> None:
         ("mistral3", {"rope.scaling.yarn_beta_slow": 0.0}, ModelFormatError, "YaRN"),
         ("mistral3", {"rope.scaling.original_context_length": 0}, ModelFormatError, "context of 0 tokens"),
         ("phi3", {"rope.dimension_count": 32}, ModelFormatError, "rope_factors_short.weight does not fit 32"),
+        ("phi3", {"rope.dimension_count": 40}, UnsupportedArchitectureError, "40 rotary dimensions"),
         ("gemma2", {"rope.freq_base_swa": 5000.0}, UnsupportedArchitectureError, "rotary embedding of their own"),
         ("gemma2", {"final_logit_softcapping": -1.0}, ModelFormatError, "final_logit_softcapping"),
         ("gemma3", {"rope.scaling.attn_factor": 1.5}, UnsupportedArchitectureError, "rotary embedding of their own"),

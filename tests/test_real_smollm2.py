@@ -71,6 +71,7 @@ FIELDS = [
     "text", "token_ids", "prompt_tokens", "generated_tokens", "finish_reason", "load_s", "ttft_s",
     "decode_tokens_per_s", "total_s", "steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step", "drafters",
     "target", "draft", "backend", "recipe", "threads", "n_ctx", "peak_rss_bytes", "notes",
+    "measures",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,14 @@ class Checkpoint:
                 if name not in found or found[name].path.name != file_name:
                     raise ModelFormatError(f"{self.path}: the tensor {name} is missing from {file_name}")
             yield found
+
+
+def positive(value: Any, name: str, where: str, default: float | None = None) -> float:
+    """A number out of a config, `default` where it is None; ModelFormatError if it is not positive, or no number."""
+    value = default if value is None else value
+    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+        raise ModelFormatError(f"{where}: {name} is {value!r}, not a positive number")
+    return float(value)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edge_spec.checkpoint.exporter import GraphExport
     from edge_spec.export.exporter import Export
     from edge_spec.export.recipe import Recipe
-    from edge_spec.store import Store
+    from edge_spec.store import LocalModel, Store
 
 FORMATS = ("onnx", "gguf")
 
@@ -36,7 +36,7 @@ def export(
         typer.Option(help="The target that this will draft for: 4 bits, and in ONNX a trimmed output head."),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="int4, int4-accurate, int8 or exact. Default: follows the source.")
+        str | None, typer.Option(help="int4, int4-accurate, int4-fast, int8 or exact. Default: follows the source.")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8 bits a weight, for a recipe of your own.")] = None,
     block: Annotated[int | None, typer.Option(help="Weights that share a scale, for a recipe of your own.")] = None,
@@ -48,7 +48,10 @@ def export(
     name: Annotated[str | None, typer.Option(help="GGUF: what the store calls it. Default: SOURCE-TYPE.")] = None,
     optimum_python: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint: a Python that has optimum. Default: this one, else an environment made once."),
+        typer.Option(
+            help="Checkpoint: go by way of optimum, in that Python. Default: only where our own exporter cannot, in "
+            "this Python, else in an environment made once."
+        ),
     ] = None,
     report: Annotated[
         bool,
@@ -75,31 +78,57 @@ def export(
     _refuse(as_gguf or draft_of is not None, {"--report": report or None}, "is for an ONNX target with its whole head")
     store = Store()
     folder = Path(source).expanduser()
+    recipe = "draft" if draft_of is not None else recipe
     if is_checkpoint(folder):
-        _refuse(True, {"--report": report or None}, "takes a GGUF, which the export is compared with")
-        _refuse(as_gguf, {"--format gguf": True}, "takes a GGUF: llama.cpp's converter makes one of a checkpoint")
-        _refuse(True, {"--draft-of": draft_of}, "takes a GGUF: a checkpoint's head cannot be trimmed")
-        chosen = _choose(None, recipe, bits, block)
-        _tell(_export_checkpoint(store, folder, to, chosen, python=optimum_python, threads=threads))
-        return
-    _refuse(True, {"--optimum-python": optimum_python}, "is for the folder of a checkpoint")
+        if as_gguf:
+            raise UsageError(
+                "--format gguf takes a GGUF: make one of the checkpoint with llama.cpp's convert_hf_to_gguf.py, "
+                "then requantise that"
+            )
+        if optimum_python is not None or _takes_optimum(folder):
+            _refuse(True, {"--report": report or None}, "is for a source that our own graph builder takes")
+            _refuse(True, {"--draft-of": draft_of}, "is for a source that our own graph builder takes")
+            chosen = _choose(None, recipe, bits, block)
+            _tell(_export_checkpoint(store, folder, to, chosen, python=optimum_python, threads=threads))
+            return
+    _refuse(not is_checkpoint(folder), {"--optimum-python": optimum_python}, "is for the folder of a checkpoint")
     if draft_of is not None:
         _check_vocabulary(store, source, draft_of)
     if as_gguf:
         print(_requantize(store, source, to, name, type_, pure=pure or draft_of is not None, threads=threads))
         return
-    recipe = "draft" if draft_of is not None else recipe
-    model = store.resolve(source)
-    made = _export_gguf(store, source, to, _choose(model.path, recipe, bits, block), threads)
+    model = _find(store, source)
+    made = _export_directly(store, model, to, _choose(model.path, recipe, bits, block), threads)
     if report:
         report_quality(store, model.path, made.path, threads)
     _tell(made)
 
 
-def _export_gguf(store: Store, source: str, to: str | None, recipe: Recipe, threads: int | None) -> Export:
+def _takes_optimum(folder: Path) -> bool:
+    """Whether a checkpoint is none for our own graph builder, which is said."""
+    from edge_spec.export.source import refusal_of
+
+    refusal = refusal_of(folder)
+    if refusal is not None:
+        print_note(f"by way of optimum: {refusal}")
+    return refusal is not None
+
+
+def _find(store: Store, source: str) -> LocalModel:
+    """The file behind a name or a path, or the folder of a checkpoint."""
+    from edge_spec.checkpoint import is_checkpoint, open_checkpoint
+    from edge_spec.store import LocalModel
+
+    folder = Path(source).expanduser()
+    if not is_checkpoint(folder):
+        return store.resolve(source)
+    checkpoint = open_checkpoint(folder)
+    return LocalModel(checkpoint.name, folder, checkpoint.sha256(store.cache_dir), None)
+
+
+def _export_directly(store: Store, model: LocalModel, to: str | None, recipe: Recipe, threads: int | None) -> Export:
     from edge_spec.export.exporter import ensure_export, export_model
 
-    model = store.resolve(source)
     with byte_progress(f"export {model.name} as {recipe.name}") as (progress, _):
         if to is None:
             return ensure_export(
@@ -178,9 +207,10 @@ def _check_vocabulary(store: Store, draft: str, target: str) -> None:
 
 
 def _choose(path: Path | None, name: str | None, bits: int | None, block: int | None) -> Recipe:
-    """The recipe that was asked for; else what follows from the GGUF at `path`, or 4 bits where there is none."""
+    """The recipe that was asked for; else what follows from the source at `path`, or 8 bits where there is none, as
+    for every source of full weights."""
     from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
-    from edge_spec.formats.gguf import GGUFFile
+    from edge_spec.export.source import open_source
 
     own = bits is not None or block is not None
     if name is not None:
@@ -188,10 +218,10 @@ def _choose(path: Path | None, name: str | None, bits: int | None, block: int | 
             raise UsageError("--recipe decides bits and block: give --recipe, or --bits and --block")
         return find_recipe(name)
     if path is None:
-        default = RECIPES["int4"]
+        default = RECIPES["int8"]
     else:
-        with GGUFFile(path) as gguf:
-            default = default_recipe(gguf)
+        with open_source(path) as opened:
+            default = default_recipe(opened)
     if not own:
         return default
     bits, block = bits or default.bits, block or default.block

@@ -34,6 +34,7 @@ def figures(result: GenerationResult) -> str:
             f"{result.tokens_per_step:.2f} tokens/step",
             f"first token {result.ttft_s:.2f} s",
             *(f"{dropped.tokens} tokens dropped ({dropped.policy})" for dropped in result.dropped),
+            *(f"memory: {measure}" for measure in result.measures),
             f"peak {format_size(result.peak_rss_bytes)}",
             "" if result.finish_reason is FinishReason.STOP else f"finished: {result.finish_reason}",
         ]

@@ -4,7 +4,7 @@ from edge_spec.context.keeper import Answered, Asking, Keeper
 from edge_spec.context.sinks import SinkKeeper, Sinks, Stretch, read_on, report
 from edge_spec.context.surprisal import Surprisal, draft_score
 from edge_spec.context.transcript import Transcript
-from edge_spec.context.turns import ByTurns, TurnKeeper
+from edge_spec.context.turns import ByTurns, TurnKeeper, WholeTurns
 from edge_spec.errors import UsageError
 
 ON_FULL = ("turns", "sinks", "error")
@@ -32,6 +32,7 @@ __all__ = [
     "Surprisal",
     "Transcript",
     "TurnKeeper",
+    "WholeTurns",
     "draft_score",
     "make_keeper",
     "read_on",

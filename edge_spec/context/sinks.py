@@ -32,6 +32,7 @@ class Sinks:
     sinks: int = MIN_SINKS
     low: float = 0.75
     """Share of the window that is left each time."""
+    policy = "sinks"
 
     def span(self, length: int, n_ctx: int) -> tuple[int, int] | None:
         """See `Eviction`."""
@@ -42,6 +43,10 @@ class Sinks:
         start = min(self.sinks, max_tokens // 4)
         end = min(length - max_tokens + start, length - 1)
         return (start, end) if end > start else None
+
+    def after(self, start: int, end: int) -> Sinks:  # noqa: ARG002 - what stays is told by lengths alone
+        """See `Eviction`."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +84,11 @@ def read_on(before: Stretch, new: Sequence[int], n_ctx: int, policy: Sinks) -> S
     return Stretch([*context.ids, *rest], context.holes)
 
 
-def report(holes: Sequence[Hole], decode: Callable[[Sequence[int]], str]) -> tuple[Dropped, ...]:
-    """What a context has lost, for a result."""
+def report(holes: Sequence[Hole], decode: Callable[[Sequence[int]], str], policy: str) -> tuple[Dropped, ...]:
+    """What a context has lost by a policy, for a result."""
     if not holes:
         return ()
-    return (Dropped("sinks", sum(len(hole.tokens) for hole in holes), "\n".join(decode(h.tokens) for h in holes)),)
+    return (Dropped(policy, sum(len(hole.tokens) for hole in holes), "\n".join(decode(h.tokens) for h in holes)),)
 
 
 class SinkKeeper:

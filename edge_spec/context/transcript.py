@@ -37,11 +37,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question behind some turns: `ids` is the whole prompt; the rest becomes a part of its `Turn`."""
+    """A question behind some turns: `ids` is the whole prompt; the next two become a part of its `Turn`."""
 
     ids: list[int]
     asked: list[int]
     is_whole: bool
+    starts: tuple[int, ...] = ()
+    """Where each turn but the first begins in `ids`, and the question; nothing where turns do not stand alone."""
 
 
 class Transcript:
@@ -66,11 +68,12 @@ class Transcript:
             rendered = self._render(messages)
             return Asked(rendered, rendered, is_whole=True)
         ids: list[int] = []
+        starts: list[int] = []
         for i, turn in enumerate(turns):
-            self._extend(ids, turn.asked if i or turn.is_whole else self._opening(turn))
+            starts.append(self._extend(ids, turn.asked if i or turn.is_whole else self._opening(turn)))
             ids += turn.answered
-        self._extend(ids, appended)
-        return Asked(ids, appended, is_whole=False)
+        starts.append(self._extend(ids, appended))
+        return Asked(ids, appended, is_whole=False, starts=tuple(starts[1:]))
 
     def copyable(self, turn: Turn) -> list[int]:
         """What a turn said, as ids that may be copied from."""
@@ -101,10 +104,13 @@ class Transcript:
         """Whether the template ends the answer although its `last` token does: one of the two is too many."""
         return asked[0] in self._tokenizer.stop_ids and last in self._tokenizer.stop_ids
 
-    def _extend(self, ids: list[int], asked: list[int]) -> None:
+    def _extend(self, ids: list[int], asked: list[int]) -> int:
+        """Append `asked`; returns where it begins."""
         if ids and self.ends_itself(asked, ids[-1]):
             ids.pop()
+        start = len(ids)
         ids += asked
+        return start
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
         return self._template.render_ids(messages, self._tokenizer)

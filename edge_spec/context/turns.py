@@ -53,6 +53,39 @@ class ByTurns:
 
 
 @dataclass(frozen=True, slots=True)
+class WholeTurns:
+    """Lets whole turns go from a prompt while it is answered, where memory is short; implements `Eviction`.
+
+    A full window ends the answer: its room was kept free beforehand.
+    """
+
+    start: int
+    """Where the oldest turn that may go begins."""
+    ends: tuple[int, ...]
+    """Where each turn ends that may go."""
+    policy = "turns"
+
+    def span(self, length: int, n_ctx: int) -> tuple[int, int] | None:  # noqa: ARG002 - the protocol's
+        """See `Eviction`. Nothing goes for a window's sake."""
+        return None
+
+    def span_down_to(self, length: int, max_tokens: int) -> tuple[int, int] | None:
+        """See `Eviction`. The fewest oldest turns, or all of them."""
+        for end in self.ends:
+            if length - (end - self.start) <= max_tokens or end == self.ends[-1]:
+                return self.start, end
+        return None
+
+    def after(self, start: int, end: int) -> WholeTurns:
+        """See `Eviction`."""
+        return WholeTurns(start, tuple(left - (end - start) for left in self.ends if left > end))
+
+    def count(self, tokens: int) -> int:
+        """How many oldest turns these `tokens` are."""
+        return sum(end - self.start <= tokens for end in self.ends)
+
+
+@dataclass(frozen=True, slots=True)
 class _Kept:
     """What of the conversation is in the context, and what has gone from it."""
 
@@ -75,7 +108,7 @@ class _Kept:
         if not self.dropped_turns:
             return ()
         turns = "1 earlier turn is" if self.dropped_turns == 1 else f"{self.dropped_turns} earlier turns are"
-        return (f"{turns} no longer in the context ({self.dropped_tokens} tokens), which was full",)
+        return (f"{turns} no longer in the context ({self.dropped_tokens} tokens)",)
 
 
 class TurnKeeper:
@@ -105,14 +138,23 @@ class TurnKeeper:
             if count == droppable and self._length(kept.turns, question) >= n_ctx:
                 kept = self._drop(kept, 0, question, pinned=0)  # the first turn too, before nothing can be said
         asked = self._transcript.ask(kept.turns, question)
+        eviction = None
+        if self._policy is not None and len(asked.starts) > 1:
+            eviction = WholeTurns(asked.starts[0], asked.starts[1:])
 
         def settle(answered: Answered | None) -> None:
             self._kept = kept
             if answered is not None:
+                if eviction is not None and answered.holes:
+                    # What went in the middle of the answer stays away, and the next turn is read as if never there.
+                    gone = eviction.count(sum(len(hole.tokens) for hole in answered.holes))
+                    self._kept = self._drop(kept, gone, question)
                 turn = Turn(question, answered.text, asked.asked, answered.ids, asked.is_whole)
-                self._kept = replace(kept, turns=(*kept.turns, turn))
+                self._kept = replace(self._kept, turns=(*self._kept.turns, turn))
 
-        return Asking(Prompt(asked.ids, archive=kept.archive, dropped=kept.dropped, notes=kept.notes), settle)
+        return Asking(
+            Prompt(asked.ids, eviction=eviction, archive=kept.archive, dropped=kept.dropped, notes=kept.notes), settle
+        )
 
     def prune(self, max_tokens: int) -> int:
         """Drop turns but the first."""

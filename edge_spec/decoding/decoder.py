@@ -83,6 +83,7 @@ class SpeculativeDecoder:
         self.stats = DecodeStats()
         """Figures of the latest generation; they grow while it runs."""
         self._eviction: Eviction | None = None
+        self._history: History | None = None
         self._prune_to: int | None = None
 
     def generate(
@@ -133,7 +134,7 @@ class SpeculativeDecoder:
             sampling=sampling,
             rng=np.random.default_rng(sampling.seed),
             prompt_length=len(prompt_ids),
-            max_length=_most_tokens(spec.n_ctx, len(prompt_ids), max_tokens, endless=eviction is not None),
+            max_length=_most_tokens(spec.n_ctx, len(prompt_ids), max_tokens, endless=_is_endless(eviction, spec.n_ctx)),
             n_vocab=spec.n_vocab,
             stop_ids=frozenset(stop_ids),
             references=tuple(tuple(text) for text in references),
@@ -149,7 +150,8 @@ class SpeculativeDecoder:
         )
         self.stats = DecodeStats(holes=list(holes))
         self._eviction, self._prune_to = eviction, None
-        return self._steps(History(prompt_ids), request, limits, self.stats, interruptions)
+        self._history = History(prompt_ids)
+        return self._steps(self._history, request, limits, self.stats, interruptions)
 
     def prune(self, max_tokens: int) -> bool:
         """Before the next step, evict so that the context has at most `max_tokens` tokens; False if nothing may go.
@@ -160,6 +162,22 @@ class SpeculativeDecoder:
             return False
         self._prune_to = max_tokens
         return True
+
+    def prune_now(self, max_tokens: int) -> int:
+        """Evict so that the context has at most `max_tokens` tokens, or as few as may be; returns how many went.
+
+        For a supervisor that has stepped in: the cache is shorter when this returns. Nothing goes while the prompt is
+        being read.
+        """
+        history = self._history
+        if self._eviction is None or history is None or max_tokens >= len(history):
+            return 0
+        span = self._eviction.span_down_to(len(history), max_tokens)
+        if span is None or self._session.count_unread(history.tokens, self.stats.holes) > 1:
+            return 0
+        self._evict(history, span)
+        self._session.follow(history.tokens, self.stats.holes)
+        return span[1] - span[0]
 
     def _steps(
         self,
@@ -213,10 +231,15 @@ class SpeculativeDecoder:
             elif len(history) >= limits.n_ctx:
                 span = self._eviction.span(len(history), limits.n_ctx)
         if span is not None:
-            context = list(history.tokens)
-            hole = history.evict(*span)
-            self._drafter.evict(context, hole)
-            self.stats.holes.append(hole)
+            self._evict(history, span)
+
+    def _evict(self, history: History, span: tuple[int, int]) -> None:
+        assert self._eviction is not None
+        context = list(history.tokens)
+        hole = history.evict(*span)
+        self._eviction = self._eviction.after(*span)
+        self._drafter.evict(context, hole)
+        self.stats.holes.append(hole)
 
     def _may_evict(self, history: History, limits: _Limits) -> bool:
         return self._eviction is not None and self._eviction.span(len(history), limits.n_ctx) is not None
@@ -282,6 +305,11 @@ def _most_tokens(n_ctx: int, prompt: int, max_tokens: int | None, *, endless: bo
     """What prompt and text may come to."""
     wanted = sys.maxsize if max_tokens is None else prompt + max_tokens
     return wanted if endless else min(n_ctx, wanted)
+
+
+def _is_endless(eviction: Eviction | None, n_ctx: int) -> bool:
+    """Whether a full window makes room for more."""
+    return eviction is not None and eviction.span(n_ctx, n_ctx) is not None
 
 
 def _never() -> bool:

@@ -100,6 +100,12 @@ class Session:
         unread = len(stages[known]) - common_prefix(cached, stages[known])
         return unread + sum(len(stages[i + 1]) - holes[i].read for i in range(known, len(holes)))
 
+    def follow(self, context: Context, holes: Sequence[Hole]) -> None:
+        """Evict what a context has lost, all but its last token having been read, before anything more is."""
+        sequence = list(context)
+        self._asked = len(sequence)
+        self._follow(sequence, self._usable(sequence, holes), len(sequence) - 1, _Reading(None, 0, self._chunk))
+
     def trim(self, context: Context, holes: Sequence[Hole] = ()) -> int:
         """Drop from the cache what does not serve `context`; returns the number of tokens that are left.
 

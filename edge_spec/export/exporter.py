@@ -1,4 +1,5 @@
 """Make an export, or find the one that was made: a folder with the graph, its weights and what the source said.
+A checkpoint is read as the GGUF that would be made of it.
 
 edge_spec.json  what it is: decoder, recipe, source hash, sizes of the other files; written last
 model.onnx      the graph, with the small vectors inside
@@ -29,6 +30,7 @@ from edge_spec.export.graph import Weights, build_graph
 from edge_spec.export.layout import Layout, plan_layout
 from edge_spec.export.reading import read_config
 from edge_spec.export.recipe import Recipe
+from edge_spec.export.source import open_source
 from edge_spec.export.trim import head_ids
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
@@ -113,7 +115,7 @@ def ensure_export(
     threads: int | None = None,
     progress: ByteProgress | None = None,
 ) -> Export:
-    """The store's export of a GGUF by a recipe, made now if there is none, or none that is whole.
+    """The store's export of a GGUF or a checkpoint's folder by a recipe, made now if there is none that is whole.
 
     Keyed by the source's hash, the recipe and the exporter's version; two processes do not make the same one at once.
     Raises what `export_model` raises.
@@ -124,7 +126,7 @@ def ensure_export(
 
     def show_the_wait(_: str) -> None:
         if progress is not None:
-            progress(0, source.stat().st_size)
+            progress(0, 1)
 
     try:
         with exclusive(path.parent / "lock", show_the_wait, source.name):
@@ -167,7 +169,7 @@ def export_model(
     threads: int | None = None,
     progress: ByteProgress | None = None,
 ) -> Export:
-    """Export the GGUF `source` into the new folder `path`.
+    """Export `source`, a GGUF or the folder of a checkpoint of a known family, into the new folder `path`.
 
     The folder appears whole or not at all: files are written beside it under a temporary name, and whatever an
     interrupted run left there is removed first. Raises ModelFormatError, UnsupportedArchitectureError (the message
@@ -175,7 +177,7 @@ def export_model(
     """
     if path.exists():
         raise UsageError(f"{path} exists already; remove it or name another folder")
-    with GGUFFile(source) as gguf:
+    with open_source(source) as gguf:
         config = read_config(gguf)
         kept = head_ids(gguf, config.n_vocab, recipe.head_rows)
         layout = plan_layout(gguf, config, recipe, kept)

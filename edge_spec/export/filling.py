@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_spec.errors import ModelFormatError
 from edge_spec.export.architecture import DecoderConfig, tensor_shapes
 from edge_spec.export.calibration import MAX_TOKENS
-from edge_spec.export.correct import RUN_COLUMNS, Run, correction, quantize_corrected, runs_of
+from edge_spec.export.correct import RUN_COLUMNS, correction, quantize_corrected, runs_of
 from edge_spec.export.forward import Forward
 from edge_spec.export.layout import Job, Layout
 from edge_spec.export.products import one_thread_a_product
@@ -58,8 +58,11 @@ class Filler:
         self._report_all()
 
     def correct(self, config: DecoderConfig, vectors: Mapping[str, Array], texts: Sequence[Sequence[int]]) -> None:
-        """Turn every tensor so that its products with what `texts` show it change least; layer by layer, each one's
-        weights in memory once. ModelFormatError if the model makes of the texts what is not finite."""
+        """Turn every tensor so that its products with what `texts` show it change least.
+
+        Layer by layer: while the workers turn one, this thread reads the next one's weights and shows it the texts, so
+        two layers are in memory. ModelFormatError if the model makes of the texts what is not finite.
+        """
         forward = Forward(config, vectors, [len(text) for text in texts])
         ids = np.concatenate([np.asarray(text, np.int64) for text in texts])
         x = forward.embed(self._gguf.dequantize("token_embd.weight", ids))
@@ -68,45 +71,32 @@ class Filler:
             name = job.tensor.name
             by_layer.setdefault(int(name.split(".")[1]) if name.startswith("blk.") else config.n_layer, []).append(job)
         head = by_layer.pop(config.n_layer)
-        with ThreadPoolExecutor(self._threads) as pool:
+        with one_thread_a_product(), ThreadPoolExecutor(self._threads) as pool:
+            turning: list[Future[None]] = []
             for layer, jobs in by_layer.items():
-                parts = [(job, rows) for job in jobs for rows in _chunks(job, CHUNK_WEIGHTS)]
-                read = list(pool.map(lambda part: self._dequantize(*part), parts))
-                weights = {
-                    _part(job): np.concatenate([w for (j, _), w in zip(parts, read, strict=True) if j is job])
-                    for job in jobs
-                }
-                del read
+                weights = {_part(job): self._dequantize(job, slice(0, job.n_rows)) for job in jobs}
                 with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
                     passed = forward.layer(layer, x, _joined(weights))
                 x = passed.output
-                self._correct(jobs, passed.inputs, weights, pool)
+                _finish(pool, turning)
+                turning = self._correct(jobs, passed.inputs, weights, pool)
             with np.errstate(over="ignore", invalid="ignore"):
                 normed = forward.norm("output_norm", x)
-            self._correct(head, {_part(job): normed for job in head}, {}, pool)
+            _finish(pool, turning + self._correct(head, {_part(job): normed for job in head}, {}, pool))
         self._report_all()
 
     def _correct(
         self, jobs: Sequence[Job], inputs: Mapping[str, Array], weights: Mapping[str, Array], pool: ThreadPoolExecutor
-    ) -> None:
-        """Turn jobs whose `inputs` are known; `weights` of those that are in memory already."""
-        for name, _ in {_input(job) for job in jobs if not job.exact}:
-            if not np.isfinite(inputs[name]).all():
-                raise ModelFormatError(
-                    f"{self._gguf.path}: the inputs of {jobs[0].tensor.name} and its like are not finite"
-                )
-        with one_thread_a_product():
-            self._turn_corrected(jobs, inputs, weights, pool)
-
-    def _turn_corrected(
-        self, jobs: Sequence[Job], inputs: Mapping[str, Array], weights: Mapping[str, Array], pool: ThreadPoolExecutor
-    ) -> None:
+    ) -> list[Future[None]]:
+        """Begin to turn jobs whose `inputs` are known; `weights` of those that are in memory already."""
         wanted = {_input(job): job.matrix for job in jobs if not job.exact}
-        keys = [(key, run) for key, matrix in wanted.items() for run in runs_of(matrix.row_length, matrix.block)]
-        found = list(pool.map(lambda key: correction(inputs[key[0][0]], key[1]), keys))
-        runs: dict[tuple[str, int], list[Run]] = {}
-        for (key, _), run in zip(keys, found, strict=True):
-            runs.setdefault(key, []).append(run)
+        if not all(np.isfinite(inputs[name]).all() for name, _ in wanted):
+            like = jobs[0].tensor.name
+            raise ModelFormatError(f"{self._gguf.path}: the inputs of {like} and its like are not finite")
+        runs = {
+            key: [pool.submit(correction, inputs[key[0]], run) for run in runs_of(matrix.row_length, matrix.block)]
+            for key, matrix in wanted.items()
+        }
 
         def quantize(job: Job, rows: slice) -> QuantizedRows:
             if job.exact:
@@ -114,7 +104,7 @@ class Filler:
             whole = weights.get(_part(job))
             return quantize_corrected(
                 self._dequantize(job, rows) if whole is None else whole[rows],
-                runs[_input(job)],
+                [run.result() for run in runs[_input(job)]],  # all of them begun, for the pool takes what came first
                 bits=job.matrix.bits,
                 block=job.matrix.block,
                 zero_points=job.matrix.zeros is not None,
@@ -123,7 +113,7 @@ class Filler:
         # The largest first, so that no thread is left with one of them at the end.
         largest_first = sorted(jobs, key=lambda job: -job.n_rows * job.tensor.shape[1])
         parts = ((job, rows) for job in largest_first for rows in _chunks(job, CORRECTED_CHUNK_WEIGHTS))
-        _finish(pool, [pool.submit(self._turn, job, rows, quantize) for job, rows in parts])
+        return [pool.submit(self._turn, job, rows, quantize) for job, rows in parts]
 
     def _turn(self, job: Job, rows: slice, quantize: Callable[[Job, slice], QuantizedRows]) -> None:
         quantized = quantize(job, rows)
@@ -151,7 +141,7 @@ class Filler:
         name, wanted = job.tensor.name, rows if job.picked is None else job.picked[rows]
         weights = self._gguf.dequantize(name, wanted)
         if not np.isfinite(weights).all():
-            raise ModelFormatError(f"{self._gguf.path}: {name} holds values that are not finite")
+            raise ModelFormatError(f"{self._gguf.path}: {self._gguf.title(name)} holds values that are not finite")
         return weights
 
     def _report_all(self) -> None:
@@ -160,14 +150,14 @@ class Filler:
 
 
 def corrected_bytes(config: DecoderConfig, threads: int) -> int:
-    """About what `Filler.correct` holds at its peak: a layer in float32, query, key and value twice; what the text
-    makes of it; factors; and the workers' own copies."""
+    """About what `Filler.correct` holds at its peak: two layers in float32, query, key and value twice; what the text
+    makes of them; factors; and the workers' own copies."""
     shapes = [shape for name, shape in tensor_shapes(config).items() if name.startswith("blk.0.") and len(shape) == 2]
     layer = sum(math.prod(shape) for shape in shapes) + config.qkv_rows * config.hidden
     passed = MAX_TOKENS * (6 * config.hidden + 2 * config.qkv_rows + 4 * config.n_ff)
     factors = 3 * config.hidden**2 + config.n_ff * min(config.n_ff, RUN_COLUMNS)
     worker = 3 * max(CORRECTED_CHUNK_WEIGHTS, config.hidden * RUN_COLUMNS)
-    return 4 * (layer + passed + factors + threads * worker)
+    return 4 * (2 * (layer + passed) + factors + threads * worker)
 
 
 def _finish(pool: ThreadPoolExecutor, futures: Sequence[Future[None]]) -> None:

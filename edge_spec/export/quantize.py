@@ -101,7 +101,7 @@ def _choose_steps(
     for share in CLIPPED:
         if zero_points:
             scale = (high - low) * np.float32(share) / top
-            zero = np.clip(np.rint((top - (high + low) * _inverse(scale)) / 2), 0, top)
+            zero = np.minimum(np.maximum(np.rint((top - (high + low) * _inverse(scale)) / 2), 0), top)
         else:
             scale = np.where(high > -low, high, low) * np.float32(-share) / middle
             zero = np.full_like(high, middle)

@@ -13,6 +13,9 @@ from edge_spec.formats.gguf import INTEGERS, GGUFArray, GGUFFile
 HEAD_DIM_STEP = 16
 """ONNX Runtime's GroupQueryAttention takes heads of a multiple of so many values."""
 
+ROPE_DIM_STEP = 16
+"""The same of rotary dimensions: eight pairs."""
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -77,6 +80,11 @@ def _check_sizes(gguf: GGUFFile, config: DecoderConfig) -> None:
     wrong = [name for name in sizes if getattr(config, name) <= 0]
     if wrong or config.n_head % config.n_kv_head or not 0 < config.rope_dim <= config.head_dim or config.rope_dim % 2:
         raise ModelFormatError(f"{gguf.path}: the sizes in the metadata contradict each other: {config.to_json()}")
+    if config.rope_dim % ROPE_DIM_STEP:
+        raise UnsupportedArchitectureError(
+            f"{gguf.path.name}: {config.rope_dim} rotary dimensions; the runtime's attention wants multiples of "
+            f"{ROPE_DIM_STEP}"
+        )
     if config.n_layer > len(gguf.tensors):
         raise ModelFormatError(f"{gguf.path}: {config.n_layer} layers, but only {len(gguf.tensors)} tensors")
     _check_vocabulary(gguf, config.n_vocab)
@@ -98,26 +106,28 @@ def _check_vocabulary(gguf: GGUFFile, n_rows: int) -> None:
 
 def _check_tensors(gguf: GGUFFile, config: DecoderConfig) -> None:
     """Each tensor is there, has its shape, and is one that the graph uses: an ignored one would be a wrong model."""
-    required, optional = tensor_shapes(config), bias_shapes(config)
+    required, optional, title = tensor_shapes(config), bias_shapes(config), gguf.title
     for name, shape in required.items():
         if name not in gguf.tensors:
-            raise ModelFormatError(f"{gguf.path}: the tensor {name} is missing")
+            raise ModelFormatError(f"{gguf.path}: the tensor {title(name)} is missing")
         if gguf.tensors[name].shape != shape:
-            raise ModelFormatError(f"{gguf.path}: {name} has the shape {gguf.tensors[name].shape}, not {shape}")
+            raise ModelFormatError(f"{gguf.path}: {title(name)} has the shape {gguf.tensors[name].shape}, not {shape}")
     for name, tensor in gguf.tensors.items():
         if name in required or name in ROPE_TENSORS:
             continue
         if name not in optional:
-            raise UnsupportedArchitectureError(f"{gguf.path.name}: the exporter has no use for the tensor {name}")
+            raise UnsupportedArchitectureError(
+                f"{gguf.path.name}: the exporter has no use for the tensor {title(name)}"
+            )
         if tensor.shape != optional[name]:
-            raise ModelFormatError(f"{gguf.path}: {name} has the shape {tensor.shape}, not {optional[name]}")
+            raise ModelFormatError(f"{gguf.path}: {title(name)} has the shape {tensor.shape}, not {optional[name]}")
         for twin in (f"blk.{layer}.{name.split('.', 2)[2]}" for layer in range(config.n_layer)):
             if twin not in gguf.tensors:
-                raise ModelFormatError(f"{gguf.path}: the tensor {twin} is missing, and {name} is there")
+                raise ModelFormatError(f"{gguf.path}: the tensor {title(twin)} is missing, and {title(name)} is there")
     for name in (*required, *optional):
         if name in gguf.tensors and gguf.tensors[name].type in INTEGERS:
             kind = gguf.tensors[name].type.name
-            raise ModelFormatError(f"{gguf.path}: the tensor {name} holds integers ({kind}), not weights")
+            raise ModelFormatError(f"{gguf.path}: the tensor {title(name)} holds integers ({kind}), not weights")
 
 
 def _with_positions(gguf: GGUFFile, config: DecoderConfig) -> DecoderConfig:
@@ -138,10 +148,12 @@ def _with_positions(gguf: GGUFFile, config: DecoderConfig) -> DecoderConfig:
 def _windows(gguf: GGUFFile, traits: Traits, n_layer: int) -> tuple[int, ...]:
     """Each layer's window, empty if none has one. The pattern is one flag a layer, or every how many none has one."""
     window = gguf.hparam_int("attention.sliding_window", traits.default_window)
-    if not traits.full_attention_every or window <= 0:
-        return ()
     key = "attention.sliding_window_pattern"
-    if isinstance(gguf.metadata.get(gguf.hparam(key)), GGUFArray):
+    named = isinstance(gguf.metadata.get(gguf.hparam(key)), GGUFArray)
+    # A window without its layers is ignored in architectures that llama.cpp gives none.
+    if window <= 0 or not (traits.full_attention_every or named):
+        return ()
+    if named:
         flags = gguf.get_array(gguf.hparam(key)).tolist()
         if len(flags) < n_layer:
             raise ModelFormatError(f"{gguf.path}: {key} is for {len(flags)} layers, not {n_layer}")

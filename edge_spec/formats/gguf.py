@@ -47,9 +47,10 @@ class GGUFFile:
     consistent GGUF of version 2 or 3.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], data: mmap | None = None) -> None:
+        """`data`: the file's bytes, where they are in memory already."""
         self.path = Path(path)
-        self._data = _map(self.path)
+        self._data = _map(self.path) if data is None else data
         try:
             header = read_header(self._data)
         except HeaderError as exc:
@@ -136,6 +137,10 @@ class GGUFFile:
             raise ModelFormatError(f"{self.path}: {key} holds numbers, not strings")
         return array.strings()
 
+    def title(self, name: str) -> str:
+        """What the file itself calls a tensor: for messages."""
+        return name
+
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes as they lie in the file, read-only and mapped, shape [*shape[:-1], row_bytes]."""
         info = self._info(name)
@@ -152,10 +157,11 @@ class GGUFFile:
         UnsupportedArchitectureError where the type is not a float's or nothing here can decode it.
         """
         info = self._info(name)
-        if rows is not None and len(info.shape) < 2:
+        if rows is None:
+            return _dequantize(self.raw(name), info)
+        if len(info.shape) < 2:
             raise ValueError(f"{name} is a vector: it has no rows to pick from")
-        raw = self.raw(name)
-        return _dequantize(raw if rows is None else raw[rows], info)
+        return _dequantize(self._raw_rows(name, rows), info)
 
     def release(self, name: str) -> None:
         """Let the system drop the pages of a tensor that was read; they come back from the file when touched."""
@@ -165,6 +171,9 @@ class GGUFFile:
         start = info.offset // platform.PAGESIZE * platform.PAGESIZE
         if hasattr(platform, "MADV_DONTNEED"):
             self._data.madvise(platform.MADV_DONTNEED, start, info.offset + info.n_bytes - start)
+
+    def _raw_rows(self, name: str, rows: slice | NDArray[np.integer]) -> NDArray[np.uint8]:
+        return self.raw(name)[rows]
 
     def _info(self, name: str) -> TensorInfo:
         try:

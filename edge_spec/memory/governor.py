@@ -50,15 +50,27 @@ class Governor:
         self._due: Reading | None = None
         self._stopped: str | None = None
         self._measures: list[str] = []
+        self._done: list[str] = []
 
     @property
     def notes(self) -> list[str]:
         """Every measure so far, since they last, and why the generation was stopped, if it was."""
         return [*self._measures, self._stopped] if self._stopped else list(self._measures)
 
+    @property
+    def measures(self) -> list[str]:
+        """What was done in the generation that runs, or ran last."""
+        return list(self._done)
+
     def begin(self) -> None:
         """A new generation begins."""
         self._stopped = None
+        self._done = []
+
+    def watch(self, own: Signal) -> None:
+        """Read this of the process from now on."""
+        self._own = own
+        self._own_at = float("-inf")
 
     def is_due(self) -> bool:
         """Whether to step in. Asked at every step, and looks only now and then."""
@@ -72,7 +84,7 @@ class Governor:
         reason = f"the backend got no more memory ({failure})" if failure else reading.reason if reading else ""
         for rung in self._rungs:
             if (done := rung()) is not None:
-                self._measures.append(f"memory: {done}, because {reason}")
+                self._note(done, f"because {reason}")
                 self._acting = True
                 self._settled_at = self._clock() + SETTLE_S
                 self._around = Reading(Level.CALM)  # until it is looked at again
@@ -82,8 +94,12 @@ class Governor:
             return None  # nothing left to give, and no need to end the answer
         self._stopped = f"memory: stopped, because {reason} and there is nothing left to give back"
         if (done := self._on_stop()) is not None:
-            self._measures.append(f"memory: {done}, for what comes next")
+            self._note(done, "for what comes next")
         return FinishReason.MEMORY
+
+    def _note(self, done: str, reason: str) -> None:
+        self._done.append(done)
+        self._measures.append(f"memory: {done}, {reason}")
 
     def _look(self) -> None:
         now = self._clock()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edge_spec.checkpoint.folder import TOKENIZER
 from edge_spec.errors import ModelNotFoundError
 from edge_spec.export.folder import is_export
+from edge_spec.export.source import refusal_of
 from edge_spec.memory.facts import ModelFacts
 from edge_spec.memory.read_checkpoint import CONFIG, facts_of_checkpoint
 from edge_spec.memory.read_export import facts_of_export
@@ -27,6 +29,8 @@ def find_facts(store: Store, ref: str) -> ModelFacts:
         path = Path(ref).expanduser()
         if is_export(path):
             return facts_of_export(path)
+        if path.is_dir() and _reads_like_a_gguf(path):
+            return facts_of_gguf(path)
         if path.name.endswith(".json") or (path / CONFIG).is_file():
             return facts_of_checkpoint(path)
     except (OSError, RuntimeError) as exc:  # no such user, a name that is too long
@@ -41,6 +45,13 @@ def find_facts(store: Store, ref: str) -> ModelFacts:
             raise
         return facts_of_hub(source, name=ref)
     return facts_of_gguf(local.path, name=local.name, sha256=local.sha256)
+
+
+def _reads_like_a_gguf(folder: Path) -> bool:
+    """Whether a folder is a whole checkpoint that our own graph builder takes."""
+    if not all((folder / name).is_file() for name in (CONFIG, TOKENIZER)) or not any(folder.glob("*.safetensors")):
+        return False
+    return refusal_of(folder) is None
 
 
 def _hub_source(store: Store, ref: str) -> HubSource | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError
 from edge_spec.export.architecture import DecoderConfig
 from edge_spec.export.reading import read_config
+from edge_spec.export.source import open_source
 from edge_spec.export.trim import marked_ids
 from edge_spec.formats.gguf import GGUFArray, GGUFFile
 from edge_spec.memory.facts import ModelFacts, Origin
@@ -14,9 +16,13 @@ from edge_spec.memory.layers import by_layer, layers_of
 
 
 def facts_of_gguf(path: Path, *, name: str | None = None, sha256: str | None = None) -> ModelFacts:
-    """Facts of a GGUF file. ModelNotFoundError, ModelFormatError, and UnsupportedArchitectureError (by name)."""
-    with GGUFFile(path) as gguf:
-        return read_facts(gguf, name=name or path.stem, sha256=sha256)
+    """Facts of a GGUF file, or of a checkpoint's folder that reads like one.
+
+    ModelNotFoundError, ModelFormatError, and UnsupportedArchitectureError (by name).
+    """
+    with open_source(path) as gguf:
+        facts = read_facts(gguf, name=name or (path.resolve().name if path.is_dir() else path.stem), sha256=sha256)
+    return replace(facts, origin=Origin.CHECKPOINT) if path.is_dir() else facts
 
 
 def read_facts(gguf: GGUFFile, *, name: str, sha256: str | None = None) -> ModelFacts:

@@ -40,9 +40,9 @@ class Plan:
 
 
 def reference_for(source: Path) -> Name:
-    """What an export of the GGUF `source` is compared with: the file itself on llama.cpp, else, where that is not
-    installed, the closest that an export comes to it."""
-    if importlib.util.find_spec("llama_cpp") is not None:
+    """What an export of `source` is compared with: the GGUF itself on llama.cpp, else, where that is not installed or
+    it is a checkpoint, the closest that an export comes to it."""
+    if source.is_file() and importlib.util.find_spec("llama_cpp") is not None:
         return Name("llama", str(source))
     return Name("onnx", str(source), "exact")
 
