@@ -117,6 +117,8 @@ class Engine:
         `smaller_drafts`, the best first, are for where memory is short: the first that fits takes the draft's place
         before drafts are given up. A pair's manifest may name them too.
 
+        `backend` is "onnx", "openvino", "llama", or "auto": what `edge-spec doctor --compare` found fastest on this
+        machine for these models, of what is installed and can do what is asked for; onnx where it was not asked.
         `draft_backend` defaults to `backend`, and to onnx where that is openvino.
 
         `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
@@ -432,7 +434,7 @@ class Engine:
 def _describe(fitted: FittedRequest, models: OpenedModels, drafter: str, load_s: float) -> EngineInfo:
     """What was loaded, with what the user should know before the first text."""
     request, target, draft = fitted.request, models.target, models.draft
-    source, notes = request.source, list(fitted.notes)
+    source, notes = request.source, [*request.notes, *fitted.notes]
     if source.template.source == "chatml":
         notes.append(f"{source.name} carries no chat template: ChatML stands in")
     if drafter != "none" and target.model.spec.row_alignment is None:

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from edge_spec.backends.alignment import AlignableLM
@@ -44,9 +45,11 @@ KV_TYPES = {
 
 _DISTRIBUTIONS = {"onnx": "onnxruntime", "openvino": "openvino", "llama": "llama-cpp-python"}
 """Whose version a backend's speed and kernels depend on."""
+_MODULES = {"onnx": "onnxruntime", "openvino": "openvino", "llama": "llama_cpp"}
 
 StageProgress = Callable[[str, int, int], None]
-"""Called as `progress(stage, done, total)`; stages are `export NAME` (bytes) and `load NAME`."""
+"""Called as `progress(stage, done, total)`; stages are `export NAME` (bytes), `load NAME` and `check NAME` (whether
+rows depend on each other)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,13 @@ def find_source(store: Store, ref: str | Path, *, share: Tokenizer | None = None
         return _read(name, made.source_file, made.source_sha256, made, share)
     local = store.resolve(ref)
     return _read(local.name, local.path, local.sha256, None, share)
+
+
+def running_backends(source: Source) -> tuple[str, ...]:
+    """The backends that run a model as its file is."""
+    if isinstance(source.export, GraphExport):
+        return ("onnx",)
+    return tuple(name for name in BACKENDS if source.export is None or name != "llama")
 
 
 def open_any_export(path: Path) -> Export | GraphExport:
@@ -189,14 +199,16 @@ class Loader:
 
         self._report(f"load {source.name}", 0, 1)
         model = self._open(source, export, n_ctx)
-        notes = []
+        self._report(f"load {source.name}", 1, 1)
+        notes = [*getattr(model, "notes", ())]
         if export.requantized:
             notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")
         if aligned:
+            self._report(f"check {source.name}", 0, 1)
             cache = CacheFile(self.store.cache_dir / "row_alignment.json")
             stored = f"{export.path.name} {source.sha256}" + (f" kv {self.kv}" if self.kv else "")
             align(model, cache, f"{machine_key(self.backend, self.threads)} | {stored}")
-        self._report(f"load {source.name}", 1, 1)
+            self._report(f"check {source.name}", 1, 1)
         return LoadedModel(model, self.backend, export.recipe.name, tuple(notes))
 
     def _open(self, source: Source, export: Export | GraphExport, n_ctx: int) -> AlignableLM:
@@ -307,12 +319,29 @@ def machine_key(backend: str, threads: int) -> str:
 
 def processor_key(backend: str) -> str:
     """The processor and the backend's engine and version."""
-    return f"{platform.machine()} {_cpu_model()} | {engine_key(backend)}"
+    return f"{cpu_key()} | {engine_key(backend)}"
+
+
+def cpu_key() -> str:
+    """The processor, with a sum over its features."""
+    return f"{platform.machine()} {_cpu_model()}"
+
+
+def installed_backends() -> tuple[str, ...]:
+    """Those of BACKENDS whose library is installed."""
+    return tuple(backend for backend in BACKENDS if find_spec(_MODULES[backend]) and _has_version(backend))
 
 
 def engine_key(backend: str) -> str:
     """The library behind a backend, and its version."""
     return f"{_DISTRIBUTIONS[backend]} {metadata.version(_DISTRIBUTIONS[backend])}"
+
+
+def _has_version(backend: str) -> bool:
+    try:
+        return bool(engine_key(backend))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def processor_name() -> str:

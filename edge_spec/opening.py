@@ -8,6 +8,14 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+from edge_spec.backend_choice import (
+    AUTO,
+    BackendProfile,
+    Choice,
+    able_backends,
+    choose_backends,
+    weights_key,
+)
 from edge_spec.cores import RecommendedThreads, check_threads
 from edge_spec.decoding.session import PREFILL_CHUNK
 from edge_spec.errors import UsageError
@@ -25,8 +33,10 @@ from edge_spec.loading import (
     draft_recipe,
     find_source,
     processor_key,
+    running_backends,
 )
 from edge_spec.store import DEFAULT_PAIR, Store
+from edge_spec.store.manifest import Pair
 from edge_spec.tokenizer import check_same_vocabulary
 from edge_spec.types import SamplingParams
 
@@ -62,10 +72,11 @@ class LoadOptions:
 
     def check(self) -> None:
         """Raise UsageError for what can be refused before any file is opened."""
-        check_choice("backend", self.backend, BACKENDS)
-        check_choice("draft_backend", self.draft_backend or self.backend, BACKENDS)
+        check_choice("backend", self.backend, (AUTO, *BACKENDS))
+        check_choice("draft_backend", self.draft_backend or BACKENDS[0], BACKENDS)
         check_choice("drafter", self.drafter, DRAFTERS)
-        check_kv_type(self.kv, self.backend)
+        if self.backend != AUTO:
+            check_kv_type(self.kv, self.backend)
         if self.pair is not None and self.target is not None:
             raise UsageError("a pair names its target: give a pair or a target, not both")
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
@@ -101,6 +112,8 @@ class LoadRequest:
     type."""
     chat_sampling: SamplingParams
     chat_system: str | None
+    notes: tuple[str, ...] = ()
+    """What the user should know of the choices."""
 
     @property
     def aligns(self) -> bool:
@@ -128,33 +141,30 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
     """
     options.check()
     known = store.pair(options.pair or DEFAULT_PAIR) if options.target is None else None
-    draft = options.draft
-    if known is not None and draft is None and options.drafter in WITH_MODEL:
-        draft = known.draft
+    target, draft = named_models(options, store)
     if draft is None:
         _refuse_options_of_a_draft(options)
 
-    source = find_source(store, known.target if known else options.target or "")
+    source = find_source(store, target)
     draft_source = _find_draft(store, draft, source) if draft is not None else None
-    smaller: tuple[str | Path, ...] = options.smaller_drafts
-    if smaller and draft is None:
-        raise UsageError("smaller_drafts stand in for a draft model, and none is used")
-    if known is not None and draft == known.draft and not smaller:
-        smaller = tuple(name for name in known.smaller_drafts if store.has(name))
+    smaller = _smaller_drafts(options, known, draft, store)
+    chosen = _choose_backends(options, store, source, draft_source)
+    threads = options.threads or chosen.threads or _recommended_threads(store, chosen.backend)
     return LoadRequest(
         source=source,
         draft_source=draft_source,
         smaller_drafts=tuple(_find_draft(store, name, source) for name in smaller),
-        backend=options.backend,
-        draft_backend=chosen_draft_backend(options.draft_backend, options.backend),
-        threads=check_threads(options.threads or _recommended_threads(store, options.backend)),
+        backend=chosen.backend,
+        draft_backend=chosen.draft_backend,
+        threads=check_threads(threads),
         n_ctx=choose_n_ctx(source, options.n_ctx),
-        recipe=chosen_recipe(options.recipe, options.backend, source),
+        recipe=chosen_recipe(options.recipe, chosen.backend, source),
         pad_rows=options.pad_rows,
         batch=PREFILL_CHUNK,
         kv=options.kv,
         chat_sampling=known.sampling if known else SamplingParams(),
         chat_system=known.system if known else None,
+        notes=chosen.notes,
     )
 
 
@@ -163,6 +173,43 @@ def _find_draft(store: Store, ref: str | Path, target: Source) -> Source:
     found = find_source(store, ref, share=target.tokenizer)
     check_same_vocabulary(target.tokenizer, found.tokenizer)
     return found
+
+
+def _smaller_drafts(
+    options: LoadOptions, pair: Pair | None, draft: str | Path | None, store: Store
+) -> tuple[str | Path, ...]:
+    """What may stand in for the draft: what was asked for, else what the pair's manifest names and is here."""
+    if options.smaller_drafts and draft is None:
+        raise UsageError("smaller_drafts stand in for a draft model, and none is used")
+    if options.smaller_drafts or pair is None or draft != pair.draft:
+        return options.smaller_drafts
+    return tuple(name for name in pair.smaller_drafts if store.has(name))
+
+
+def named_models(options: LoadOptions, store: Store) -> tuple[str | Path, str | Path | None]:
+    """How the target and the draft are named that the options ask for."""
+    if options.target is not None:
+        return options.target, options.draft
+    pair = store.pair(options.pair or DEFAULT_PAIR)
+    use_own = options.draft is None and options.drafter in WITH_MODEL
+    return pair.target, pair.draft if use_own else options.draft
+
+
+def _choose_backends(options: LoadOptions, store: Store, source: Source, draft_source: Source | None) -> Choice:
+    """As the options say; where they leave it open, what was found fastest on this machine."""
+    if options.backend != AUTO:
+        return Choice(options.backend, chosen_draft_backend(options.draft_backend, options.backend))
+    recipe = chosen_recipe(options.recipe, AUTO, source)
+    able = able_backends(running_backends(source), recipe=recipe, kv=options.kv, pad_rows=options.pad_rows)
+    profile = BackendProfile(store.cache_dir)
+    target = profile.get(profile_key(source, recipe))
+    draft = profile.get(profile_key(draft_source, draft_recipe(draft_source))) if draft_source else None
+    return choose_backends(able, target, draft, options.draft_backend)
+
+
+def profile_key(source: Source, recipe: Recipe | None) -> str:
+    """What a source is in the profile of backends, exported with `recipe` if it is a GGUF."""
+    return weights_key(source.sha256, source.export.recipe if source.export else recipe)
 
 
 def _recommended_threads(store: Store, backend: str) -> int | None:

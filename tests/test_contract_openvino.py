@@ -11,11 +11,13 @@ import pytest
 
 from edge_spec.backends.alignment import find_alignment
 from edge_spec.backends.onnx import OnnxModel
-from edge_spec.backends.openvino import OpenVinoModel
+from edge_spec.backends.openvino import OpenVinoModel, _group_notes
 from edge_spec.errors import BackendError, UsageError
 from edge_spec.export import RECIPES, Export, Recipe, export_model
+from edge_spec.export.stored import read_weights
 from tests.contract import CausalLMContract, EqualRowsContract, MakeModel, ShallowContract
 from tests.reference_decoder import reference_logits
+from tests.test_backend_openvino import EXPRESSED
 from tests.tiny_models import write_tiny_gguf
 
 pytestmark = pytest.mark.openvino
@@ -89,11 +91,21 @@ class TestByteCache(OpenVinoContract):
 
 
 class TestEviction(OpenVinoModels, ShallowContract):
-    @pytest.fixture(scope="class", params=["llama", "qwen2"])
+    @pytest.fixture(scope="class", params=EXPRESSED)
     @classmethod
     def source(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = tmp_path_factory.mktemp("source") / "tiny.gguf"
         return write_tiny_gguf(path, architecture=request.param, n_layer=1, n_vocab=512, tensor_type="F16")
+
+
+class TestArchitectures(OpenVinoContract, EqualRowsContract):
+    """Those with norms of heads, layers of windows or without rotation, stretched or local rotary embeddings."""
+
+    @pytest.fixture(scope="class", params=sorted({*EXPRESSED} - {"llama", "qwen2"}))
+    @classmethod
+    def source(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        path = tmp_path_factory.mktemp("source") / "tiny.gguf"
+        return write_tiny_gguf(path, architecture=request.param, n_layer=4, n_vocab=512, tensor_type="F16")
 
 
 class TestTrimmed(OpenVinoContract):
@@ -142,7 +154,6 @@ class TestSmolLM2(OpenVinoContract, EqualRowsContract):
 
 LINEAR = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
 PARTIAL = {"llama.rope.dimension_count": 32}
-YARN_OF_NO_MAGNITUDE = {"mistral3.rope.scaling.yarn_log_multiplier": 1.0}
 ODD = {"hidden": 384, "n_head": 6, "ff": 640}
 """Rows of three and of five blocks: their 4-bit zero points end within a byte."""
 
@@ -156,9 +167,9 @@ ODD = {"hidden": 384, "n_head": 6, "ff": 640}
         (Recipe("int8 with zero points", bits=8, block=64, zero_points=True), {}),
         (RECIPES["int8"], {"metadata": LINEAR}),
         (RECIPES["int8"], {"metadata": PARTIAL}),
-        (RECIPES["int8"], {"architecture": "mistral3", "metadata": YARN_OF_NO_MAGNITUDE}),
+        *((RECIPES["int8"], {"architecture": name, "n_layer": 4}) for name in EXPRESSED),
     ],
-    ids=["int4", "odd-blocks", "odd-rows", "int8-zeros", "linear-rope", "partial-rope", "yarn"],
+    ids=["int4", "odd-blocks", "odd-rows", "int8-zeros", "linear-rope", "partial-rope", *EXPRESSED],
 )
 def test_logits_are_those_of_the_onnx_backend(recipe: Recipe, model: dict[str, Any], tmp_path: Path) -> None:
     """The same weights, and activations rounded alike, over more than a block of the cache."""
@@ -198,6 +209,41 @@ def test_a_trimmed_head_gives_its_own_tokens_and_those_it_is_asked_for(tmp_path:
     assert np.isfinite(again).sum() == 3 * (kept.sum() + 1)
     whole.close()
     trimmed.close()
+
+
+def test_a_cache_whose_rotation_depends_on_the_window_is_turned_where_that_changes(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture="phi3", n_layer=1, n_vocab=512, tensor_type="F16")
+    export = export_model(path, RECIPES["int8"], tmp_path / "out", sha256="0" * 64, threads=1)
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, 512, 48)]
+    logits = []
+    for first, then in ((300, 300), (64, 300)):  # its tables change behind 256 tokens
+        model = OpenVinoModel(export, name="tiny", n_ctx=first, threads=1)
+        model.decode(tokens[:40], rows=0)
+        model.resize(then)
+        logits.append(model.decode(tokens[40:], rows=8).logits.copy())
+        model.close()
+    np.testing.assert_allclose(logits[1], logits[0], atol=0.02)
+    bytes_only = OpenVinoModel(export, name="tiny", n_ctx=64, threads=1, kv="u8")
+    assert not bytes_only.spec.can_resize
+    bytes_only.close()
+
+
+def test_activations_are_grouped_by_the_smallest_block_and_mixed_blocks_are_told(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512, tensor_type="Q4_0", tensor_types={"ffn_down": "Q6_K"})
+    exact = export_model(path, RECIPES["exact"], tmp_path / "exact", sha256="0" * 64, threads=1)
+    even = export_model(path, RECIPES["int4"], tmp_path / "even", sha256="0" * 64, threads=1)
+    for export in (exact, even):
+        model = OpenVinoModel(export, name="tiny", n_ctx=64, threads=1)
+        parts = [part for parts in read_weights(export).matrices.values() for part in parts]
+        blocks = {part.block for part in parts}
+        assert bool(model.notes) == (len(blocks) > 1)
+        model.close()
+
+
+def test_a_group_larger_than_a_block_is_told() -> None:
+    assert _group_notes("tiny", [32], 32) == ()
+    assert "groups of 32 for all" in _group_notes("tiny", [32, 64, 128], 32)[0]
+    assert "expect slow passes" in _group_notes("tiny", [32, 128], 128)[0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

@@ -48,15 +48,26 @@ def _logits(contender: Contender, ids: Sequence[int]) -> np.ndarray[Any, Any]:
     return np.concatenate([rows.copy() for _, rows in contender.rows(ids)])
 
 
-@pytest.mark.parametrize("text", ["tiny", "gpu:tiny", "onnx:", "onnx:tiny@", ""])
+@pytest.mark.parametrize("text", ["tiny", "gpu:tiny", "onnx:", "onnx:tiny@", "onnx/:tiny", ""])
 def test_a_contender_that_is_not_backend_model_recipe_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="BACKEND:MODEL"):
         Name.parse(text)
 
 
 def test_a_contender_reads_as_it_is_written() -> None:
-    for text in ("onnx:tiny", "llama:a/b.gguf", "onnx:tiny@int8"):
+    for text in ("onnx:tiny", "llama:a/b.gguf", "onnx:tiny@int8", "onnx/q8:tiny@int8"):
         assert str(Name.parse(text)) == text
+    with pytest.raises(UsageError, match="kv='u8'"):
+        Name.parse("onnx/u8:tiny")
+
+
+def test_a_cache_of_fewer_bits_is_another_contender(gguf: Path, store: Store) -> None:
+    identities = set()
+    for kv in (None, "q8"):
+        with load(Name("onnx", str(gguf), kv=kv), store, threads=1) as contender:
+            identities.add(contender.identity)
+            assert contender.model.spec.kv_type == (kv or "f32")
+    assert len(identities) == 2
 
 
 def test_rows_from_the_middle_are_those_of_a_reading_from_the_start(gguf: Path, store: Store) -> None:

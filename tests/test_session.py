@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edge_spec.decoding.prefix import common_prefix
 from edge_spec.decoding.session import Session
@@ -169,3 +170,27 @@ def test_common_prefix_finds_every_first_difference(length: int) -> None:
     for at in {0, length // 2, length - 1} - {-1, length}:
         right = [*left[:at], -1, *left[at + 1 :]]
         assert common_prefix(left, right) == at
+
+
+class ScoringLM(FakeLM):
+    """Scores long passes, as the onnx backend does."""
+
+    scored_rows = 64
+
+    def score(self, tokens: list[int], following: list[int]) -> NDArray[np.float32]:
+        told = []
+        for token, after in zip(tokens, following, strict=True):
+            logits = super().decode([token]).logits[0].astype(np.float64)
+            told.append(logits[after] - np.log(np.exp(logits).sum()))
+        return np.array(told, np.float32)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 64, 65, 66, 150])
+def test_a_score_is_the_same_whether_or_not_the_model_scores_long_passes(length: int) -> None:
+    ids = [number * 7 % 16 for number in range(length)]
+    few, long = (Session(model) for model in (FakeLM(n_ctx=256), ScoringLM(n_ctx=256)))
+    for session in (few, long):
+        session.decode([1, 2, 3])
+        session.decode([1, 2, 3, 4, 5])
+    assert long.score(ids) == pytest.approx(few.score(ids), abs=1e-4)
+    assert long.count_unread([*ids, 3]) <= 2, "what was scored was read"

@@ -137,3 +137,31 @@ def test_damaged_head_ids_are_refused(exports: tuple[Export, Export], tmp_path: 
     (copy / "head_ids.npy").write_bytes(b"x" * n_bytes)
     with pytest.raises(ModelFormatError, match="export it again"):
         open_export(copy).read_head_ids()
+
+
+def test_a_scored_pass_tells_of_every_token_what_single_passes_tell(models: tuple[OnnxModel, OnnxModel]) -> None:
+    _, trimmed = models
+    tokens = [int(token) for token in np.random.default_rng(3).integers(0, N_VOCAB, 40)]
+    head = set(trimmed._head._ids) if trimmed._head else set()
+    for model in models:
+        told = np.concatenate([model.score(tokens[:25], tokens[1:26]), model.score(tokens[25:39], tokens[26:])])
+        assert model.length == 39
+        model.rollback(0)
+        for i, following in enumerate(tokens[1:]):
+            logits = model.decode(tokens[i : i + 1]).logits[0].astype(np.float64)
+            if model is trimmed and following not in head:
+                continue
+            expected = logits[following] - np.log(np.exp(logits).sum())
+            assert told[i] == pytest.approx(expected, abs=2e-2)
+
+
+def test_a_token_beyond_the_head_is_scored_by_the_sources_row(models: tuple[OnnxModel, OnnxModel]) -> None:
+    _, trimmed = models
+    assert trimmed._head is not None
+    beyond = next(token for token in range(N_VOCAB) if token not in set(trimmed._head._ids))
+    (told,) = trimmed.score([5], [beyond])
+    trimmed.rollback(0)
+    trimmed.reach([beyond])
+    logits = trimmed.decode([5]).logits[0].astype(np.float64)
+    kept = logits[np.isfinite(logits)]
+    assert told == pytest.approx(logits[beyond] - np.log(np.exp(kept).sum()), abs=1e-3)

@@ -11,6 +11,9 @@ The llama-server contenders run llama.cpp's own server, which llama-cpp-python's
     cmake -S vendor/llama.cpp -B build -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF
     cmake --build build --target llama-server
 
+The genai contenders run onnxruntime-genai (`pip install onnxruntime-genai`) on the very exports of ours; the graph that
+it wants is made of them in the cache folder, and goes with the process.
+
 Decode tokens/s is (generated - 1) / (time from the first token to the last). The first contender is the one that the
 others are compared with.
 """

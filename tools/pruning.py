@@ -96,7 +96,7 @@ def _run(section: str, engine: Engine, options: argparse.Namespace, figures: Fig
             print("workload: no file was named, so nothing is read (--workload)", file=sys.stderr)
             return
         for name, prompt in workload.prompts(options.workload, options.prompts):
-            _row(section, name, lambda prompt=prompt: workload.compare(engine, prompt), figures)  # type: ignore[misc]
+            _row(section, name, lambda prompt=prompt: workload.compare(engine, prompt, options.rounds), figures)  # type: ignore[misc]
     else:
         _row(
             section,
@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--padding", type=int, default=1, help="filler sentences of each of its questions")
     parser.add_argument("--workload", type=Path, help="a file of prompts, a JSON object a line: task, id, prompt")
     parser.add_argument("--prompts", type=int, default=6, help="most prompts of each task of the workload")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each of them is read")
     parser.add_argument("--minutes", type=float, help=f"begin no row after so long (default: {MINUTES:.0f})")
     parser.add_argument("--full", action="store_true", help="longer texts, and no limit of time")
     parser.add_argument("--json", type=Path, help="keep the figures here, and go on with those that it has")

@@ -3,6 +3,7 @@
     python tools/quality.py --reference llama:qwen2.5-coder-1.5b onnx:qwen2.5-coder-1.5b onnx:qwen2.5-coder-1.5b@int8
     python tools/quality.py ... --workload prompts.jsonl --limit 6 --problems HumanEval.jsonl.gz
     python tools/quality.py ... --baseline onnx:qwen2.5-coder-1.5b@int4-plain
+    python tools/quality.py --reference openvino:qwen2.5-coder-1.5b openvino/f16:qwen2.5-coder-1.5b  # cache types
 
 Perplexity on the text that comes with the package; agreement of the greedy token with the reference and divergence
 from it over the reference's own answers to a workload's prompts (default: the sample prompts); with --problems, how
@@ -83,7 +84,7 @@ class _Notes:
 def _parser() -> argparse.ArgumentParser:
     summary, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="quality", description=summary)
-    parser.add_argument("models", nargs="*", help="BACKEND:MODEL or BACKEND:MODEL@RECIPE")
+    parser.add_argument("models", nargs="*", help="BACKEND:MODEL, BACKEND:MODEL@RECIPE or BACKEND/KV:MODEL")
     parser.add_argument("--reference", required=True, help="what they are compared with, named alike")
     parser.add_argument("--workload", type=Path, help="JSON lines with id, task and prompt; default: the samples")
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=[], help="comma-separated; default all")

@@ -3,7 +3,8 @@
 Inputs (S new tokens, R rows, P blocks in the cache, B of them in use):
   embeddings            float32 [S, hidden]         rows of the embedding table, looked up by the caller
   rows                  int64   [R]                 which of the S positions get logits
-  cos, sin              float32 [S, 1, head_dim]    rotary factors of the positions; sin carries the sign of its pair
+  cos, sin              float32 [S, 1, head_dim]    rotary factors of the positions; sin carries the sign of its pair;
+                                                    cos.local, sin.local where windowed layers have others
   past_lens             int32   [1]                 tokens cached before this pass
   subsequence_begins    int32   [2]                 0, S
   block_indices         int32   [B]                 the sequence's blocks in order
@@ -51,16 +52,16 @@ def rotary_partners(config: DecoderConfig) -> tuple[NDArray[np.int64], NDArray[n
     return partner, sign
 
 
-def rotary_factors(config: DecoderConfig, rows: int, n_ctx: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The inputs `cos` and `sin` of `rows` positions, float32 [rows, 1, head_dim], for a cache of `n_ctx` tokens."""
-    tables = config.rope_inputs(rows, n_ctx)
-    cos = np.ones((rows, 1, config.head_dim), np.float32)
-    sin = np.zeros((rows, 1, config.head_dim), np.float32)
+def rotary_factors(config: DecoderConfig, rows: int, n_ctx: int) -> dict[str, NDArray[np.float32]]:
+    """The rotary inputs of `rows` positions, float32 [rows, 1, head_dim], for a cache of `n_ctx` tokens."""
+    factors: dict[str, NDArray[np.float32]] = {}
     _, sign = rotary_partners(config)
-    for dimensions in config.rope_pairs:
-        cos[:, 0, dimensions] = tables["cos"]
-        sin[:, 0, dimensions] = tables["sin"] * sign[dimensions]
-    return cos, sin
+    for name, table in config.rope_inputs(rows, n_ctx).items():
+        is_cos = name.startswith("cos")
+        factors[name] = np.full((rows, 1, config.head_dim), float(is_cos), np.float32)
+        for dimensions in config.rope_pairs:
+            factors[name][:, 0, dimensions] = table if is_cos else table * sign[dimensions]
+    return factors
 
 
 class _Builder:
@@ -79,20 +80,24 @@ class _Builder:
         op, config = self.op, self.config
         residual = self.parameter("embeddings", [-1, config.hidden], "f32")
         rows = self.parameter("rows", [-1], "i64")
-        self.cos, self.sin = (self.parameter(name, [-1, 1, config.head_dim], "f32") for name in ("cos", "sin"))
+        self.rotary = {name: self.parameter(name, [-1, 1, config.head_dim], "f32") for name in config.rope_names}
         self.partner = self.indices(rotary_partners(config)[0])
         shapes = {"past_lens": [-1], "subsequence_begins": [-1], "block_indices": [-1], "block_indices_begins": [-1]}
         self.paging = [self.parameter(name, shape, "i32") for name, shape in shapes.items()]
         self.max_context_len = self.parameter("max_context_len", [], "i32")
+        if config.embedding_scale != 1:
+            residual = op.multiply(residual, self.floats([[config.embedding_scale]]))
         for layer in range(config.n_layer):
             block = f"blk.{layer}."
             branch = self.attention(layer, self.norm(block + "attn_norm", residual))
             if layer == config.n_layer - 1:
                 branch, residual = (op.gather(x, rows, self.indices(0)) for x in (branch, residual))
-            residual = op.add(residual, self.project(block + "attn_output", branch))
-            residual = op.add(residual, self.feed_forward(block, self.norm(block + "ffn_norm", residual)))
+            branch = self.post_norm(block + "post_attention_norm", self.project(block + "attn_output", branch))
+            residual = op.add(residual, branch)
+            branch = self.feed_forward(block, self.norm(block + "ffn_norm", residual))
+            residual = op.add(residual, self.post_norm(block + "post_ffw_norm", branch))
         normed = self.norm("output_norm", residual)
-        outputs = {"logits": self.project(HEAD, normed)}
+        outputs = {"logits": self.bounded(self.project(HEAD, normed))}
         if sum(part.n_rows for part in self.weights.matrices[HEAD]) < config.n_vocab:
             outputs["hidden"] = normed
         for name, node in outputs.items():
@@ -101,12 +106,18 @@ class _Builder:
 
     def attention(self, layer: int, normed: Any) -> Any:
         config = self.config
-        qkv = self.project(f"blk.{layer}.attn_qkv", normed)
+        block = f"blk.{layer}."
+        qkv = self.project(block + "attn_qkv", normed)
         queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        turning, value = self.split(qkv, [queries + keys, keys])
-        query, key = self.split(self.rotate(turning), [queries, keys])
+        if config.traits.qk_norm:
+            query, key, value = self.split(qkv, [queries, keys, keys])
+            query, key = (self.normed_heads(f"{block}attn_{name}_norm", x) for name, x in (("q", query), ("k", key)))
+            query, key = self.rotate(layer, query), self.rotate(layer, key)
+        else:
+            turning, value = self.split(qkv, [queries + keys, keys])
+            query, key = self.split(self.rotate(layer, turning), [queries, keys])
         caches = [self.parameter(f"{kind}_cache.{layer}", [-1, -1, -1, -1], "dynamic") for kind in ("key", "value")]
-        inputs = [query, key, value, *(node.output(0) for node in (*caches, *self.paging, *self.options()))]
+        inputs = [query, key, value, *(node.output(0) for node in (*caches, *self.paging, *self.options(layer)))]
         attention = self.ov.op._PagedAttentionExtension(inputs)
         info = attention.get_rt_info()
         for kind in "kv":
@@ -114,12 +125,12 @@ class _Builder:
             info[f"{kind}_head_size"] = config.head_dim
         return attention.output(0)
 
-    def options(self) -> list[Any]:
+    def options(self, layer: int) -> list[Any]:
         """The attention's inputs behind the blocks: scale, window, slopes, length, and what is switched off."""
-        integers, floats, switch = self.integers([]), self.floats([]), self.integers(0)
+        config, integers, floats, switch = self.config, self.integers([]), self.floats([]), self.integers(0)
         return [
-            self.floats(self.config.head_dim**-0.5),
-            switch,  # no sliding window
+            self.floats(config.attention_scale or config.head_dim**-0.5),
+            self.integers(config.window(layer)),
             floats,  # no slopes by distance
             self.max_context_len,
             integers,  # no window over which scores are summed
@@ -132,25 +143,54 @@ class _Builder:
             *(self.constant(np.zeros(0, np.uint8)), integers),  # no bias among the queries
         ]
 
-    def rotate(self, x: Any) -> Any:
+    def by_head(self, x: Any) -> Any:
+        """[S, heads * head_dim] as [S, heads, head_dim]."""
+        return self.op.reshape(x, self.indices([0, -1, self.config.head_dim]), special_zero=True)
+
+    def joined(self, heads: Any) -> Any:
+        return self.op.reshape(heads, self.indices([0, -1]), special_zero=True).output(0)
+
+    def rotate(self, layer: int, x: Any) -> Any:
         """Rotary embedding of [S, heads * head_dim]."""
-        op = self.op
-        heads = op.reshape(x, self.indices([0, -1, self.config.head_dim]), special_zero=True)
+        op, names = self.op, self.config.rope_of(layer)
+        if not names:
+            return x
+        cos, sin = (self.rotary[name] for name in names)
+        heads = self.by_head(x)
         partners = op.gather(heads, self.partner, self.indices(2))
-        turned = op.add(op.multiply(heads, self.cos), op.multiply(partners, self.sin))
-        return op.reshape(turned, self.indices([0, -1]), special_zero=True)
+        return self.joined(op.add(op.multiply(heads, cos), op.multiply(partners, sin)))
+
+    def normed_heads(self, name: str, x: Any) -> Any:
+        """RMS norm of each head of [S, heads * head_dim]."""
+        return self.joined(self.norm(name, self.by_head(x), axis=2))
 
     def feed_forward(self, block: str, normed: Any) -> Any:
-        gate = self.op.swish(self.project(block + "ffn_gate", normed))
-        return self.project(block + "ffn_down", self.op.multiply(gate, self.project(block + "ffn_up", normed)))
+        if self.config.traits.fused_inputs:
+            both = self.project(block + "ffn_up", normed)
+            gate, up = self.split(both, [self.config.n_ff, self.config.n_ff])
+        else:
+            gate, up = self.project(block + "ffn_gate", normed), self.project(block + "ffn_up", normed)
+        activated = self.op.swish(gate) if self.config.traits.activation == "silu" else self.op.gelu(gate, "tanh")
+        return self.project(block + "ffn_down", self.op.multiply(activated, up))
 
-    def norm(self, name: str, x: Any) -> Any:
-        """RMS norm, in the form that the plugin fuses."""
-        op = self.op
-        mean = op.reduce_mean(op.power(x, self.floats([[2]])), self.indices([1]), keep_dims=True)
-        root = op.sqrt(op.add(mean, self.floats([[self.config.rms_epsilon]])))
-        normed = op.multiply(x, op.divide(self.floats([[1]]), root))
-        return op.multiply(normed, self.floats(self.weights.vectors[f"{name}.weight"][None]))
+    def bounded(self, logits: Any) -> Any:
+        """Logits l as cap * tanh(l / cap), where they have a cap."""
+        op, cap = self.op, self.config.logit_softcap
+        if not cap:
+            return logits
+        return op.multiply(op.tanh(op.multiply(logits, self.floats([[1 / cap]]))), self.floats([[cap]]))
+
+    def post_norm(self, name: str, branch: Any) -> Any:
+        """RMS norm of a branch before it joins the residual stream, in architectures that have it."""
+        return self.norm(name, branch) if self.config.traits.post_norms else branch
+
+    def norm(self, name: str, x: Any, axis: int = 1) -> Any:
+        """RMS norm over the last axis, in the form that the plugin fuses."""
+        op, ones = self.op, (1,) * axis
+        mean = op.reduce_mean(op.power(x, self.full(ones, 2)), self.indices([axis]), keep_dims=True)
+        root = op.sqrt(op.add(mean, self.full(ones, self.config.rms_epsilon)))
+        normed = op.multiply(x, op.divide(self.full(ones, 1), root))
+        return op.multiply(normed, self.floats(self.weights.vectors[f"{name}.weight"].reshape(*ones, -1)))
 
     def project(self, name: str, x: Any) -> Any:
         """x times the transpose of the named matrix, plus its bias if it has one."""
@@ -202,6 +242,10 @@ class _Builder:
 
     def floats(self, values: ArrayLike) -> Any:
         return self.constant(np.asarray(values, np.float32))
+
+    def full(self, leading: tuple[int, ...], value: float) -> Any:
+        """A number of as many axes as what it is combined with: `leading`, and one more."""
+        return self.floats(np.full((*leading, 1), value))
 
     def constant(self, values: NDArray[Any]) -> Any:
         return self.ov.op.Constant(values)

@@ -27,11 +27,13 @@ block's tokens, and so has each token's value, behind it. Source: the plugin's e
 class PagedCache:
     """Keys and values of each layer, [blocks, n_kv_head, 32, head_dim] of a type in KV_TYPES, for `capacity` tokens.
 
-    A sequence's blocks follow each other from the first on. Memory follows what is cached.
+    A sequence's blocks follow each other from the first on. Memory follows what is cached. `n_ctx` decides the rotary
+    embedding where that depends on the window.
     """
 
-    def __init__(self, config: DecoderConfig, capacity: int, kv: str) -> None:
+    def __init__(self, config: DecoderConfig, n_ctx: int, capacity: int, kv: str) -> None:
         self._config = config
+        self._n_ctx = n_ctx
         self._kv = kv
         self._blocks = self._allocate(capacity)
 
@@ -58,16 +60,26 @@ class PagedCache:
         for index, array in enumerate(self._blocks.arrays):
             moved = array[source // BLOCK, :, source % BLOCK]
             if index % 2 == 0:
-                # The graph knows no rotary embedding that depends on the window.
-                angles = (start - end) * self._config.rope_frequencies(index // 2, 0)
+                angles = (start - end) * self._config.rope_frequencies(index // 2, self._n_ctx)
                 moved = turn_keys(self._config, moved.astype(np.float32), angles)
             array[target // BLOCK, :, target % BLOCK] = moved
 
-    def resize(self, capacity: int, length: int) -> None:
-        """Take blocks for another capacity, with the first `length` tokens; the old ones go tensor by tensor."""
+    def resize(self, n_ctx: int, capacity: int, length: int) -> None:
+        """Take blocks for another capacity, with the first `length` tokens; the old ones go tensor by tensor.
+
+        Not for u8 where the rotary embedding depends on the window, since keys are turned then.
+        """
         blocks = self._allocate(capacity)
         blocks.take(self._blocks, blocks_of(length))
         self._blocks = blocks
+        positions = np.arange(length)
+        for layer, keys in enumerate(blocks.arrays[::2]):
+            old, new = (self._config.rope_frequencies(layer, window) for window in (self._n_ctx, n_ctx))
+            if not np.array_equal(old, new):
+                kept = keys[positions // BLOCK, :, positions % BLOCK].astype(np.float32)
+                angles = positions[:, None, None] * (new - old)
+                keys[positions // BLOCK, :, positions % BLOCK] = turn_keys(self._config, kept, angles)
+        self._n_ctx = n_ctx
 
     def _allocate(self, capacity: int) -> BlockCache:
         config = self._config

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_spec.types import Decoded, ModelSpec, Output
 
 
@@ -67,4 +70,21 @@ class PaddedRows(Protocol):
 
     def align_rows(self, alignment: int | None) -> None:
         """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all."""
+        ...
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A model that tells of every token of a long pass how likely the next one was, and nothing else."""
+
+    @property
+    def scored_rows(self) -> int:
+        """Most tokens of one such pass: a row of logits is held for each."""
+        ...
+
+    def score(self, tokens: Sequence[int], following: Sequence[int]) -> NDArray[np.float32]:
+        """Append `tokens` to the cache; the log-probability of `following[i]` behind `tokens[i]`, float32 [n].
+
+        At most `scored_rows` tokens. Raises what `CausalLM.decode` raises.
+        """
         ...

@@ -21,7 +21,7 @@ from edge_spec.backends._onnx_session import import_library, session_options, tr
 from edge_spec.backends._quantized_graph import quantized_graph
 from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.backends.kv_scales import KvScales
-from edge_spec.backends.top_k import top_k
+from edge_spec.backends.top_k import log_sum_exp, top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import ModelFormatError, UsageError
 from edge_spec.export import Export
@@ -29,6 +29,8 @@ from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 EMBEDDING = "token_embd.weight"
+SCORED_BYTES = 8 << 20
+"""Logits that a scored pass may hold."""
 
 
 class OnnxModel:
@@ -114,23 +116,52 @@ class OnnxModel:
         self._require_open()
         n = len(tokens)
         check_decoded(self._spec, n, rows, self._length)
-        padded = round_up(n, self._padding)
-        total = self._length + padded
         wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
         wanted[:rows] = np.arange(n - rows, n)
-        self._feed("embeddings", self._embed(tokens, padded))
-        self._feed("rows", wanted)
-        self._feed("seqlens_k", np.array([total - 1], np.int32))
-        self._feed("total_sequence_length", np.array(total, np.int32))
         if len(wanted) != self._bound_rows:
-            self._bind_rows(len(wanted))
-        with translated(f"decoding {n} tokens"):
-            self._session.run_with_iobinding(self._binding, self._run_options)
-        self._length += n
+            hidden = None if self._head is None else self._head.hidden
+            self._bind_rows(len(wanted), self._logits, hidden)
+        self._run(tokens, wanted)
         if self._head is not None:
             return self._head.read(rows, want)
         logits = self._logits[:rows]
         return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
+
+    @property
+    def scored_rows(self) -> int:
+        """See `Scoring.scored_rows`."""
+        width = int(self._logits.shape[1])
+        return max(self._spec.max_rows, min(64, SCORED_BYTES // (4 * width)))
+
+    def score(self, tokens: Sequence[int], following: Sequence[int]) -> Logits:
+        """See `Scoring.score`."""
+        self._require_open()
+        n = len(tokens)
+        check_decoded(self._spec, n, 1, self._length)
+        rows = round_up(n, self._padding)
+        wanted = np.full(rows, n - 1, np.int64)
+        wanted[:n] = np.arange(n)
+        logits = np.empty((rows, self._logits.shape[1]), np.float32)
+        hidden = None if self._head is None else np.empty((rows, self._head.hidden.shape[1]), np.float32)
+        self._bind_rows(rows, logits, hidden)
+        self._bound_rows = 0  # the next pass writes where it wrote before
+        self._run(tokens, wanted)
+        asked = np.asarray(following, np.int64)
+        if self._head is None or hidden is None:
+            return np.asarray(logits[np.arange(n), asked] - log_sum_exp(logits[:n]), np.float32)
+        return self._head.log_probs(logits[:n], hidden[:n], asked)
+
+    def _run(self, tokens: Sequence[int], wanted: NDArray[np.int64]) -> None:
+        """One pass over `tokens`, whose `wanted` rows go where they were bound to."""
+        padded = round_up(len(tokens), self._padding)
+        total = self._length + padded
+        self._feed("embeddings", self._embed(tokens, padded))
+        self._feed("rows", wanted)
+        self._feed("seqlens_k", np.array([total - 1], np.int32))
+        self._feed("total_sequence_length", np.array(total, np.int32))
+        with translated(f"decoding {len(tokens)} tokens"):
+            self._session.run_with_iobinding(self._binding, self._run_options)
+        self._length += len(tokens)
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, at no cost."""
@@ -209,11 +240,11 @@ class OnnxModel:
             for kind, rows in zip(("key", "value"), scales, strict=True):
                 self._bind(f"{kind}_scale.{layer}", rows[layer])
 
-    def _bind_rows(self, n_rows: int) -> None:
+    def _bind_rows(self, n_rows: int, logits: Logits, hidden: Logits | None) -> None:
         """Bind what the head writes, for `n_rows` rows."""
-        self._bind_output("logits", (1, n_rows, self._logits.shape[1]), self._logits)
-        if self._head is not None:
-            self._bind_output("hidden", (1, n_rows, self._head.hidden.shape[1]), self._head.hidden)
+        self._bind_output("logits", (1, n_rows, logits.shape[1]), logits)
+        if hidden is not None:
+            self._bind_output("hidden", (1, n_rows, hidden.shape[1]), hidden)
         self._bound_rows = n_rows
 
     def _feed(self, name: str, array: NDArray[Any]) -> None:

@@ -33,10 +33,11 @@ from edge_spec.errors import (
     UsageError,
 )
 from edge_spec.export import Export
-from edge_spec.export.graph import Weights
 from edge_spec.export.stored import give_back, map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
+
+_GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 
 class OpenVinoModel:
@@ -54,7 +55,7 @@ class OpenVinoModel:
         if kv not in KV_TYPES:
             raise UsageError(f"kv={kv!r}: the openvino backend stores keys and values as {', '.join(KV_TYPES)}")
         config = export.config
-        check_expressible(config, name, n_ctx)
+        check_expressible(config, name)
         check_exact(config, name, n_ctx)
         ov = import_library()
         self._padding = 1
@@ -74,7 +75,7 @@ class OpenVinoModel:
             row_alignment=None,
             kv_type=kv,
             can_evict=kv != "u8",
-            can_resize=True,
+            can_resize=kv != "u8" or config.rope_long_factors is None,
         )
         self._config = config
         self._length = 0
@@ -82,21 +83,24 @@ class OpenVinoModel:
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
         weights = read_weights(export)
+        blocks = sorted({part.block for parts in weights.matrices.values() for part in parts})
         self._weights: Any = map_weights(export)
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": kv,
             # Activations are quantised in groups; one larger than a matrix's block takes a far slower kernel.
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_smallest_block(weights)),
+            _GROUP: str(blocks[0]),
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
         }
         with _translated(ov, f"loading {name}"):
-            self._cache: Any = PagedCache(config, _capacity(n_ctx), kv)
+            self._cache: Any = PagedCache(config, n_ctx, _capacity(n_ctx), kv)
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = _core().compile_model(model, "CPU", settings)
+            self.notes = _group_notes(name, blocks, int(self._compiled.get_property(_GROUP)))
+            """What the user should know of the load."""
             self._request: Any = self._compiled.create_infer_request()
             self._ov = ov
             self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
@@ -128,8 +132,8 @@ class OpenVinoModel:
         blocks = self._cache.use(total)
         self._set("embeddings", self._embed(tokens, padded))
         self._set("rows", wanted)
-        self._set("cos", self._cos[start:total])
-        self._set("sin", self._sin[start:total])
+        for name, table in self._rotary.items():
+            self._set(name, table[start:total])
         self._set("past_lens", np.array([start], np.int32))
         self._set("subsequence_begins", np.array([0, padded], np.int32))
         self._set("block_indices", np.arange(blocks, dtype=np.int32))
@@ -160,9 +164,8 @@ class OpenVinoModel:
         self._require_open()
         check_resized(self._spec, self._length, n_ctx)
         check_exact(self._config, self._spec.name, n_ctx)
-        check_expressible(self._config, self._spec.name, n_ctx)
         with _translated(self._ov, f"a cache of {n_ctx} tokens"):
-            self._cache.resize(_capacity(n_ctx), self._length)
+            self._cache.resize(n_ctx, _capacity(n_ctx), self._length)
             self._spec = replace(self._spec, n_ctx=n_ctx)
             self._bind_cache()
 
@@ -211,7 +214,7 @@ class OpenVinoModel:
     def _bind_cache(self) -> None:
         """Make the rotary factors, and give the request the blocks of each layer's keys and values."""
         n_ctx = self._spec.n_ctx
-        self._cos, self._sin = rotary_factors(self._config, _capacity(n_ctx), n_ctx)
+        self._rotary = rotary_factors(self._config, _capacity(n_ctx), n_ctx)
         for name, array in self._cache.arrays():
             self._set(name, array)
 
@@ -225,8 +228,16 @@ def _capacity(n_ctx: int) -> int:
     return n_ctx + MAX_ALIGNMENT - 1
 
 
-def _smallest_block(weights: Weights) -> int:
-    return min(part.block for parts in weights.matrices.values() for part in parts)
+def _group_notes(name: str, blocks: Sequence[int], group: int) -> tuple[str, ...]:
+    """What to say of the groups that the plugin quantises activations in, for weights in `blocks` (ascending)."""
+    if group > blocks[0]:
+        return (
+            f"{name}: OpenVINO takes groups of {group}, the weights have blocks of {blocks[0]}: expect slow passes",
+        )
+    if len(blocks) > 1:
+        listed = " and ".join([", ".join(map(str, blocks[:-1])), str(blocks[-1])])
+        return (f"{name}: blocks of {listed}: OpenVINO quantises activations in groups of {group} for all of them",)
+    return ()
 
 
 @cache

@@ -27,6 +27,16 @@ def top_k(logits: Logits, k: int = TOP_K) -> TopK:
     return TopK(ids, kept, log_sum)
 
 
+def log_sum_exp(logits: Logits) -> Logits:
+    """The logarithm of the sum of exp of each row, float32 [rows]. Raises BackendError as `top_k` does."""
+    sums = np.empty(len(logits), np.float32)
+    for row, scores in enumerate(logits):
+        best = scores.max()
+        require_numbers(best)
+        sums[row] = best + np.log(np.exp(scores - best).sum())
+    return sums
+
+
 def join(left: TopK, right: TopK, k: int = TOP_K) -> TopK:
     """The likeliest tokens of two disjoint sets of which the likeliest are known, [rows, at most k]."""
     ids, logits = np.concatenate([left.ids, right.ids], axis=1), np.concatenate([left.logits, right.logits], axis=1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends.top_k import join, top_k
+from edge_spec.backends.top_k import join, log_sum_exp, top_k
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, Output, TopK
@@ -67,6 +67,21 @@ class TrimmedHead:
         self._spread[:rows, self._reached] = self._score_reached(rows)
         return Decoded(self._spread[:rows])
 
+    def log_probs(self, logits: Logits, hidden: Logits, following: NDArray[np.int64]) -> Logits:
+        """Log-probabilities [rows] of one token after each row, of what the graph wrote elsewhere.
+
+        A token beyond the head is scored by the source's row, and counts in its own row only; nothing is reached by it.
+        """
+        columns = np.minimum(np.searchsorted(self._ids, following), len(self._ids) - 1)
+        sums, told = log_sum_exp(logits), logits[np.arange(len(logits)), columns]
+        beyond = np.flatnonzero(self._ids[columns] != following)
+        if len(beyond):
+            tokens, places = np.unique(following[beyond], return_inverse=True)
+            rows = self._source.dequantize(self._tensor, tokens)[places]
+            told[beyond] = self._capped(np.einsum("rh,rh->r", hidden[beyond], rows))
+            sums[beyond] = np.logaddexp(sums[beyond], told[beyond])
+        return told - sums
+
     def _top_k(self, rows: int) -> TopK:
         kept = top_k(self.logits[:rows])
         kept = TopK(self._ids[kept.ids], kept.logits, kept.log_sum)
@@ -78,7 +93,9 @@ class TrimmedHead:
     def _score_reached(self, rows: int) -> Logits:
         """Logits [rows, reached tokens]."""
         # Not by BLAS: its threads spin for a while after each call, and take the cores from the model's next pass.
-        scores: Logits = np.einsum("rh,kh->rk", self.hidden[:rows], self._rows)
+        return self._capped(np.einsum("rh,kh->rk", self.hidden[:rows], self._rows))
+
+    def _capped(self, scores: Logits) -> Logits:
         return self._softcap * np.tanh(scores / self._softcap) if self._softcap else scores
 
     def _forget(self) -> None:

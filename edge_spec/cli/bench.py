@@ -12,7 +12,7 @@ import typer
 
 from edge_spec.cli import options
 from edge_spec.cli.console import INTERRUPTED
-from edge_spec.cli.options import BackendName, DrafterName
+from edge_spec.cli.options import BackendChoice, DrafterName
 from edge_spec.cli.progress import ProgressDisplay
 from edge_spec.cli.status import drafter_line, remark, remark_notes, setup
 from edge_spec.errors import UsageError
@@ -39,7 +39,7 @@ def bench(
     pair: options.PairOption = None,
     target: options.TargetOption = None,
     draft: options.DraftOption = None,
-    backend: options.BackendOption = BackendName.ONNX,
+    backend: options.BackendOption = BackendChoice.ONNX,
     draft_backend: options.DraftBackendOption = None,
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,

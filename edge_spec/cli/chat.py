@@ -12,7 +12,7 @@ import typer
 from edge_spec.cli import options
 from edge_spec.cli.console import FAILED, INTERRUPTED
 from edge_spec.cli.conversation import Conversation
-from edge_spec.cli.options import BackendName, DrafterName, OnFull
+from edge_spec.cli.options import BackendChoice, DrafterName, OnFull
 from edge_spec.cli.progress import ProgressDisplay
 from edge_spec.cli.status import banner, remark, remark_notes
 from edge_spec.errors import UsageError
@@ -30,7 +30,7 @@ def chat(
     pair: options.PairOption = None,
     target: options.TargetOption = None,
     draft: options.DraftOption = None,
-    backend: options.BackendOption = BackendName.ONNX,
+    backend: options.BackendOption = BackendChoice.ONNX,
     draft_backend: options.DraftBackendOption = None,
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,

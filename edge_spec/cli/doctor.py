@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edge_spec.cli import options
-from edge_spec.cli.options import BackendName
+from edge_spec.cli.options import BackendChoice
 from edge_spec.cli.progress import ProgressDisplay
 from edge_spec.cli.status import remark
+from edge_spec.errors import UsageError
 
 if TYPE_CHECKING:
     from edge_spec.doctor import Examination, ModelTimes
+    from edge_spec.opening import LoadOptions
+    from edge_spec.store import Store
 
 _ACCEPTANCES = (0.5, 0.7, 0.8, 0.9, 0.95)
 
 
+class Role(StrEnum):
+    """A model of a pair."""
+
+    TARGET = "target"
+    DRAFT = "draft"
+
+
 def doctor(
     *,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare the installed backends instead, in turn; --backend auto uses it.")
+    ] = False,
+    only: Annotated[Role | None, typer.Option(help="With --compare: this model alone.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the tables.")] = False,
     pair: options.PairOption = None,
     target: options.TargetOption = None,
     draft: options.DraftOption = None,
-    backend: options.BackendOption = BackendName.ONNX,
+    backend: options.BackendOption = BackendChoice.ONNX,
     draft_backend: options.DraftBackendOption = None,
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,
@@ -33,11 +49,16 @@ def doctor(
     """Measure what passes cost on this machine, in half a minute; later engines start from it.
 
     Nothing has to be examined before a model is used: an engine learns the same from its own passes, only later.
+    With --compare, which takes a minute and a half, each installed backend runs the pair in a process of its own.
     """
-    from edge_spec.doctor import examine
+    started = perf_counter()
     from edge_spec.opening import LoadOptions, resolve
     from edge_spec.store import Store
 
+    if only is not None and not compare:
+        raise UsageError("--only is for --compare")
+    if compare and (backend is not BackendChoice.ONNX or draft_backend is not None):
+        raise UsageError("--compare takes every backend that is installed: drop --backend and --draft-backend")
     store, progress = Store(), ProgressDisplay()
     asked = LoadOptions(
         pair=pair,
@@ -48,13 +69,32 @@ def doctor(
         recipe=recipe,
         threads=threads,
     )
+    if compare:
+        _compare(asked, store, [only.value] if only else [role.value for role in Role], progress, as_json=as_json)
+        return
+    from edge_spec.doctor import examine
+
     with progress:
         found = examine(resolve(asked, store), store, choose_threads=threads is None, progress=progress.stage)
     if as_json:
         about = {"machine": _machine(), "versions": _versions(found)}
-        print(json.dumps(about | found.to_json(), allow_nan=False), flush=True)
+        took = {"took_s": round(perf_counter() - started, 1)}
+        print(json.dumps(about | found.to_json() | took, allow_nan=False), flush=True)
         return
     _print_tables(found)
+    remark(f"{_machine()} · {' · '.join(_versions(found))} · examined in {perf_counter() - started:.1f} s")
+
+
+def _compare(asked: LoadOptions, store: Store, roles: list[str], progress: ProgressDisplay, *, as_json: bool) -> None:
+    from edge_spec.cli.comparison_table import print_comparison
+    from edge_spec.doctor import compare
+
+    with progress:
+        found = compare(asked, store, roles=roles, progress=progress.stage)
+    if as_json:
+        print(json.dumps({"machine": _machine()} | found.to_json(), allow_nan=False), flush=True)
+    else:
+        print_comparison(found)
 
 
 def _machine() -> str:
@@ -94,7 +134,6 @@ def _print_tables(found: Examination) -> None:
     if len(found.thread_times) > 1:
         tried = ", ".join(f"{n}: {1e3 * seconds:.0f} ms" for n, seconds in found.thread_times.items())
         console.print(f"threads: {found.threads} from now on (passes of 1 and 4 tokens: {tried})", soft_wrap=True)
-    remark(f"{_machine()} · {' · '.join(_versions(found))}")
 
 
 def _print_worth(found: Examination, say: object) -> None:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_spec.cli.console import DOES_NOT_FIT, print_json
-from edge_spec.cli.options import BackendName
+from edge_spec.cli.console import DOES_NOT_FIT, print_json, print_note
+from edge_spec.cli.options import BackendChoice, BackendName
 from edge_spec.errors import UsageError
 from edge_spec.sizes import format_size
 
 if TYPE_CHECKING:
+    from edge_spec.backend_choice import BackendTimes
+    from edge_spec.export.recipe import Recipe
     from edge_spec.memory.devices import Device
     from edge_spec.memory.estimate import Estimate
     from edge_spec.memory.facts import ModelFacts
@@ -42,7 +44,9 @@ def estimate(
         ),
     ],
     draft: Annotated[str | None, typer.Option(help="The draft model, named like the model.")] = None,
-    backend: Annotated[BackendName, typer.Option(help="The library that would run it.")] = BackendName.ONNX,
+    backend: Annotated[
+        BackendChoice, typer.Option(help="The library that would run it; auto: as it would be chosen on this machine.")
+    ] = BackendChoice.ONNX,
     draft_backend: Annotated[
         BackendName | None, typer.Option(help="The draft's (default: the target's; onnx beside openvino).")
     ] = None,
@@ -97,12 +101,17 @@ def estimate(
         )
         _tell_training(estimate_training(target, chosen), budget_bytes, as_json=as_json)
         return
+    library, drafts_library = backend.value, draft_backend.value if draft_backend else None
+    if backend is BackendChoice.AUTO:
+        library, drafts_library = _choose(
+            store, names[0], target, draft, draft_backend=drafts_library, recipe=recipe, kv=kv
+        )
     counted = _count(
         store,
         target,
         draft,
-        backend=backend,
-        draft_backend=draft_backend,
+        backend=library,
+        draft_backend=drafts_library,
         recipe=recipe,
         ctx=ctx,
         kv=kv,
@@ -121,14 +130,45 @@ def _free_bytes() -> int:
     return find_budget().held.n_bytes
 
 
+def _choose(
+    store: Store,
+    name: str,
+    target: ModelFacts,
+    draft: str | None,
+    *,
+    draft_backend: str | None,
+    recipe: str | None,
+    kv: str | None,
+) -> tuple[str, str | None]:
+    """The backends that an engine would choose here for the target and the draft; says how it came about."""
+    from edge_spec.backend_choice import BackendProfile, able_backends, choose_backends, weights_key
+    from edge_spec.export.recipe import RECIPES, find_recipe
+    from edge_spec.loading import BACKENDS
+    from edge_spec.memory.locate import find_facts
+
+    profile, asked = BackendProfile(store.cache_dir), find_recipe(recipe) if recipe else None
+    running = BACKENDS if target.recipe is None else tuple(name for name in BACKENDS if name != "llama")
+
+    def times(name: str, facts: ModelFacts, recipe: Recipe | None) -> dict[str, BackendTimes]:
+        sha256 = facts.sha256 or (store.resolve(name).sha256 if store.is_path(name) else None)
+        return profile.get(weights_key(sha256, facts.recipe or recipe)) if sha256 else {}
+
+    able = able_backends(running, recipe=asked, kv=kv)
+    drafting = times(draft, find_facts(store, draft), RECIPES["draft"]) if draft is not None else None
+    choice = choose_backends(able, times(name, target, asked), drafting, draft_backend)
+    for note in choice.notes:
+        print_note(note)
+    return choice.backend, choice.draft_backend if draft is not None else None
+
+
 def _count(
     store: Store,
     target: ModelFacts,
     draft: str | None,
     device: Device | None,
     *,
-    backend: BackendName,
-    draft_backend: BackendName | None,
+    backend: str,
+    draft_backend: str | None,
     recipe: str | None,
     ctx: int | None,
     kv: str | None,
@@ -146,13 +186,13 @@ def _count(
 
     if draft_backend is not None and draft is None:
         raise UsageError("--draft-backend is for the draft model, and none is named")
-    if recipe is not None and (backend is BackendName.LLAMA or target.recipe is not None):
+    if recipe is not None and (backend == "llama" or target.recipe is not None):
         raise UsageError("--recipe is for a model that is exported; this one is run as it is")
     if ctx is not None and ctx > target.n_ctx_train:
         raise UsageError(f"--ctx {ctx}: {target.name} takes up to {target.n_ctx_train} tokens")
     settings = Settings(
-        backend=backend.value,
-        draft_backend=draft_backend.value if draft_backend else None,
+        backend=backend,
+        draft_backend=draft_backend,
         n_ctx=ctx or min(DEFAULT_N_CTX, target.n_ctx_train),
         kv=kv,
         threads=_DEVICE_THREADS if device is not None and threads is None else check_threads(threads),

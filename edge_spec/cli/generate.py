@@ -12,7 +12,7 @@ import typer
 
 from edge_spec.cli import options
 from edge_spec.cli.console import INTERRUPTED
-from edge_spec.cli.options import BackendName, DrafterName, OnFullPrompt
+from edge_spec.cli.options import BackendChoice, DrafterName, OnFullPrompt
 from edge_spec.cli.progress import ProgressDisplay
 from edge_spec.cli.status import remark, remark_notes, status_line
 from edge_spec.cli.streaming import Outcome, follow, show
@@ -37,7 +37,7 @@ def generate(
     pair: options.PairOption = None,
     target: options.TargetOption = None,
     draft: options.DraftOption = None,
-    backend: options.BackendOption = BackendName.ONNX,
+    backend: options.BackendOption = BackendChoice.ONNX,
     draft_backend: options.DraftBackendOption = None,
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,

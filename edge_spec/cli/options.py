@@ -30,6 +30,15 @@ class BackendName(StrEnum):
     LLAMA = "llama"
 
 
+class BackendChoice(StrEnum):
+    """Libraries that can run a model, and the choice among them."""
+
+    AUTO = "auto"
+    ONNX = "onnx"
+    OPENVINO = "openvino"
+    LLAMA = "llama"
+
+
 class OnFull(StrEnum):
     """What a conversation does when it outgrows the window."""
 
@@ -68,7 +77,12 @@ TargetOption = Annotated[
 DraftOption = Annotated[
     str | None, typer.Option(help="The small model that proposes, given like the target.", rich_help_panel=_MODEL)
 ]
-BackendOption = Annotated[BackendName, typer.Option(help="The library that runs the models.", rich_help_panel=_MODEL)]
+BackendOption = Annotated[
+    BackendChoice,
+    typer.Option(
+        help="The library that runs the models; auto: the fastest, as doctor --compare found.", rich_help_panel=_MODEL
+    ),
+]
 DraftBackendOption = Annotated[
     BackendName | None,
     typer.Option(
@@ -263,7 +277,7 @@ def load_engine(
     pair: str | None,
     target: str | None,
     draft: str | None,
-    backend: BackendName,
+    backend: BackendChoice,
     draft_backend: BackendName | None,
     drafter: DrafterName,
     draft_tokens: int | None,

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from edge_spec.context.units import Unit, phrases, sentences, words
 from edge_spec.decoding.session import Session
 from edge_spec.tokenizer import Tokenizer
-from edge_spec.types import Output, TopK
 
 Score = Callable[[Sequence[int]], NDArray[np.float64]]
 """Surprisal of each token of a sequence in nats, float64 [n]; 0 for the first."""
@@ -156,31 +155,11 @@ def _without(text: str, kept: Sequence[Unit], budget: _Budget) -> Condensed:
 
 
 def draft_score(session: Session, *, room: int) -> Score:
-    """Surprisal by a draft model. Reads texts of more than `room` tokens in parts of that length.
-
-    A token that is not among the likeliest counts as the least likely of them.
-    """
+    """Surprisal by a draft model. Reads texts of more than `room` tokens in parts of that length."""
 
     def score(ids: Sequence[int]) -> NDArray[np.float64]:
-        surprise = np.zeros(len(ids))
-        session.reach(list(ids))
-        for start in range(0, len(ids), room):
-            part = list(ids[start : start + room])
-            for first in range(0, len(part), session.spec.max_rows):
-                behind = min(first + session.spec.max_rows, len(part))
-                top = session.decode(part[:behind], rows=behind - first, want=Output.TOP_K).top
-                assert top is not None, "it was wanted"
-                following = np.array(part[first + 1 : behind + 1], np.int64)
-                place = start + first + 1
-                surprise[place : place + len(following)] = _surprise(top, following)
-        return surprise
+        return np.concatenate(
+            [session.score(ids[start : start + room]) for start in range(0, len(ids), room)] or [np.zeros(0)]
+        )
 
     return score
-
-
-def _surprise(top: TopK, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Minus the log-probability of one token after each of the first rows, or of the least likely that is told."""
-    ids, logits = top.ids[: len(tokens)], top.logits[: len(tokens)]
-    hits = ids == tokens[:, None]
-    found = np.where(hits.any(axis=1), np.where(hits, logits, 0).sum(axis=1), logits[:, -1])
-    return (top.log_sum[: len(tokens)] - found).astype(np.float64)

@@ -6,10 +6,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from edge_spec.backends.base import CausalLM, PaddedRows
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.backends.base import CausalLM, PaddedRows, Scoring
 from edge_spec.decoding.prefix import common_prefix
 from edge_spec.errors import ContextLengthError, GenerationCancelled, RollbackUnsupportedError
-from edge_spec.types import Context, Decoded, Hole, ModelSpec, Output, Progress
+from edge_spec.types import Context, Decoded, Hole, ModelSpec, Output, Progress, TopK
 
 PREFILL_CHUNK = 128
 """Tokens read at a time: enough for full speed, few enough that cancelling is felt at once."""
@@ -105,6 +108,35 @@ class Session:
         sequence = list(context)
         self._asked = len(sequence)
         self._follow(sequence, self._usable(sequence, holes), len(sequence) - 1, _Reading(None, 0, self._chunk))
+
+    def score(self, sequence: Sequence[int]) -> NDArray[np.float64]:
+        """Minus the log-probability in nats of each token behind those before it, float64 [n]; 0 for the first.
+
+        Reads the sequence anew. Where the model does not score long passes, it is asked for its likeliest tokens, a few
+        rows at a time; one that is not among them counts as the least likely of them.
+        """
+        tokens, told = list(sequence), np.zeros(len(sequence))
+        step = self._model.scored_rows if isinstance(self._model, Scoring) else self.spec.max_rows
+        if not isinstance(self._model, Scoring):
+            self.reach(tokens)
+        self._undo(0)
+        self._keep_prefix_of([], 0)
+        for first in range(0, len(tokens) - 1, step):
+            part, following = tokens[first : min(first + step, len(tokens) - 1)], tokens[first + 1 : first + step + 1]
+            told[first + 1 : first + 1 + len(part)] = self._score(part, following)
+        return told
+
+    def _score(self, part: list[int], following: list[int]) -> NDArray[np.float64]:
+        if not isinstance(self._model, Scoring):
+            top = self._append(part, len(part), Output.TOP_K).top
+            assert top is not None, "it was wanted"
+            return _surprise(top, np.array(following, np.int64))
+        cached, self._cached = self._cached, None
+        assert cached is not None
+        told = -self._model.score(part, following).astype(np.float64)
+        cached += part
+        self._cached = cached
+        return told
 
     def trim(self, context: Context, holes: Sequence[Hole] = ()) -> int:
         """Drop from the cache what does not serve `context`; returns the number of tokens that are left.
@@ -268,6 +300,13 @@ class Session:
         cached += tokens
         self._cached = cached
         return decoded
+
+
+def _surprise(top: TopK, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Minus the log-probability of one token after each row, or of the least likely that is told."""
+    hits = top.ids == tokens[:, None]
+    found = np.where(hits.any(axis=1), np.where(hits, top.logits, 0).sum(axis=1), top.logits[:, -1])
+    return (top.log_sum - found).astype(np.float64)
 
 
 class _Reading:

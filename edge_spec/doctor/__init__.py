@@ -1,7 +1,19 @@
-"""What this machine makes of a model: memory bandwidth, threads, and what passes cost."""
+"""What this machine makes of a model: memory bandwidth, threads, what passes cost, and on which backend."""
 
 from edge_spec.doctor.bandwidth import read_bandwidth
+from edge_spec.doctor.comparison import BackendFigures, Comparison, ModelComparison, compare
 from edge_spec.doctor.examination import Examination, ModelTimes, examine
 from edge_spec.doctor.passes import PassTime, time_passes
 
-__all__ = ["Examination", "ModelTimes", "PassTime", "examine", "read_bandwidth", "time_passes"]
+__all__ = [
+    "BackendFigures",
+    "Comparison",
+    "Examination",
+    "ModelComparison",
+    "ModelTimes",
+    "PassTime",
+    "compare",
+    "examine",
+    "read_bandwidth",
+    "time_passes",
+]

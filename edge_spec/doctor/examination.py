@@ -17,13 +17,14 @@ from edge_spec.drafting import Costs
 from edge_spec.loading import Loader, StageProgress, processor_key
 from edge_spec.opening import LoadRequest, OpenedModels, open_models
 from edge_spec.store import Store
+from edge_spec.types import Output
 
-SHORT, LONG = 256, 1024
+SHORT, LONG = 256, 768
 """Cached tokens that passes are timed behind."""
 TARGET_ROWS = (*range(1, 17), 32)
 DRAFT_ROWS = (1, 2, 4, 8)
-_TARGET_S, _DRAFT_S = 3.0, 1.0
-"""Seconds for the passes of each length of context; each is timed at least once."""
+_TARGET_S, _DRAFT_S, _THREADS_S = 2.5, 0.7, 0.5
+"""Seconds for the passes of each length of context, and of each number of threads; each is timed at least once."""
 _REPEATS = 9
 _LEAST_GAIN = 0.03
 """A larger number of threads has to be faster by this share to be recommended."""
@@ -79,7 +80,7 @@ def examine(
     """Load what `request` says, time it, and keep what was found for later engines on this machine.
 
     `choose_threads` tries other numbers of threads than the request's, loading the target once for each. The default
-    pair takes 15 to 30 seconds on two cores. Raises what `Engine.load` raises.
+    pair takes less than half a minute on two cores. Raises what `Engine.load` raises.
     """
     request = replace(request, n_ctx=min(request.n_ctx, LONG + 2 * max(TARGET_ROWS)))
     thread_times = _try_threads(request, store, progress) if choose_threads else {}
@@ -90,10 +91,13 @@ def examine(
     loaded = {"target": opened.target, "draft": opened.draft}
     try:
         times = {}
-        for role, rows, budget_s in (("target", TARGET_ROWS, _TARGET_S), ("draft", DRAFT_ROWS, _DRAFT_S)):
+        for role, rows, budget_s, want in (
+            ("target", TARGET_ROWS, _TARGET_S, Output.LOGITS),
+            ("draft", DRAFT_ROWS, _DRAFT_S, Output.TOP_K),
+        ):
             if (one := loaded[role]) is not None:
                 _report(progress, f"time {one.model.spec.name}", 0)
-                speed, passes = _time_model(one.model, rows, budget_s)
+                speed, passes = _time_model(one.model, rows, budget_s, want)
                 spec = one.model.spec
                 times[role] = ModelTimes(spec.name, one.backend, one.recipe, spec.row_alignment, speed, passes)
                 _report(progress, f"time {one.model.spec.name}", 1)
@@ -125,16 +129,19 @@ def costs_from(opened: OpenedModels, target: ModelTimes, draft: ModelTimes | Non
     return costs
 
 
-def _time_model(model: CausalLM, rows: Sequence[int], budget_s: float) -> tuple[float, tuple[PassTime, ...]]:
+def _time_model(
+    model: CausalLM, rows: Sequence[int], budget_s: float, want: Output
+) -> tuple[float, tuple[PassTime, ...]]:
+    """Tokens a second of reading, and the passes behind both lengths of context."""
     alignment = model.spec.row_alignment or 1
     widths = sorted({round_up(n, alignment) for n in rows})
     fill(model, SHORT)
-    passes = time_passes(model, widths, repeats=_REPEATS, budget_s=budget_s)
+    passes = time_passes(model, widths, repeats=_REPEATS, budget_s=budget_s, want=want)
     if model.spec.n_ctx < LONG + max(widths):
         model.rollback(0)
         return fill(model, SHORT), tuple(passes)
     speed = fill(model, LONG)
-    return speed, (*passes, *time_passes(model, widths, repeats=_REPEATS, budget_s=budget_s))
+    return speed, (*passes, *time_passes(model, widths, repeats=_REPEATS, budget_s=budget_s / 2, want=want))
 
 
 def _try_threads(request: LoadRequest, store: Store, progress: StageProgress | None) -> dict[int, float]:
@@ -142,10 +149,11 @@ def _try_threads(request: LoadRequest, store: Store, progress: StageProgress | N
     tried = {}
     for threads in sorted({max(1, usable_cores() // 2), usable_cores(), usable_processors()}):
         loader = Loader(store=store, backend=request.backend, threads=threads, progress=progress)
-        loaded = loader.load(request.source, n_ctx=SHORT, recipe=request.recipe, aligned=request.pad_rows)
+        loaded = loader.load(request.source, n_ctx=SHORT, recipe=request.recipe, aligned=False)
         with closing(loaded.model) as model:
-            fill(model, SHORT // 4)
-            tried[threads] = sum(time.seconds for time in time_passes(model, (1, 4), repeats=_REPEATS, budget_s=1.0))
+            fill(model, SHORT // 8)
+            passes = time_passes(model, (1, 4), repeats=_REPEATS, budget_s=_THREADS_S)
+            tried[threads] = sum(time.seconds for time in passes)
     return tried
 
 

@@ -10,6 +10,7 @@ from time import perf_counter
 import numpy as np
 
 from edge_spec.backends.base import CausalLM
+from edge_spec.types import Output
 
 _CHUNK = 256
 """Tokens of one pass where many are read."""
@@ -40,29 +41,29 @@ def time_passes(
     *,
     repeats: int,
     budget_s: float = float("inf"),
+    want: Output = Output.LOGITS,
     clock: Callable[[], float] = perf_counter,
 ) -> list[PassTime]:
     """Times of passes of each of `rows` behind what is cached, in turn, so that a slow moment hits all of them alike.
 
-    At least one round, no other after `budget_s` seconds. Leaves the cache as it was.
+    At least one round, no further pass after `budget_s` seconds. Leaves the cache as it was.
     """
     cached, started = model.length, clock()
     times: dict[int, list[float]] = {n: [] for n in rows}
     for n in rows[:1]:  # the first pass after another kind of work is not like the others
-        _time(model, n, clock)
-    for _ in range(repeats):
-        for n in rows:
-            times[n].append(_time(model, n, clock))
-        if clock() - started > budget_s:
+        _time(model, n, want, clock)
+    for n in list(rows) * repeats:
+        if times[n] and clock() - started > budget_s:
             break
+        times[n].append(_time(model, n, want, clock))
     assert model.length == cached
     return [PassTime(cached, n, median(seconds)) for n, seconds in times.items()]
 
 
-def _time(model: CausalLM, n: int, clock: Callable[[], float]) -> float:
+def _time(model: CausalLM, n: int, want: Output, clock: Callable[[], float]) -> float:
     cached, tokens = model.length, _tokens(model, n)
     started = clock()
-    model.decode(tokens, rows=min(n, model.spec.max_rows))
+    model.decode(tokens, rows=min(n, model.spec.max_rows), want=want)
     seconds = clock() - started
     model.rollback(cached)
     return seconds

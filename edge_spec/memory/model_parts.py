@@ -110,7 +110,7 @@ def _openvino_parts(model: _Model) -> list[Component]:
     if facts.config is not None:
         from edge_spec.backends._openvino_limits import check_expressible
 
-        check_expressible(facts.config, facts.name, settings.n_ctx)
+        check_expressible(facts.config, facts.name)
     matrices = model.matrices()
     weights = openvino_weights(matrices)
     activations = compute.openvino_activations(facts, settings.batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge_spec.backends.base import CausalLM
 from edge_spec.chat_template import ChatTemplate
@@ -12,7 +12,7 @@ from edge_spec.decoding.drafter import Drafter
 from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter
 from edge_spec.errors import UsageError
-from edge_spec.loading import BACKENDS, Loader, Source, chosen_recipe, draft_recipe, find_source
+from edge_spec.loading import BACKENDS, Loader, Source, check_kv_type, chosen_recipe, draft_recipe, find_source
 from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer, check_same_vocabulary
 from edge_spec.types import Logits
@@ -23,27 +23,34 @@ N_CTX = 2048
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """`BACKEND:MODEL`, or `BACKEND:MODEL@RECIPE`: a model (or a file, or an export's folder) on a backend."""
+    """`BACKEND:MODEL`, or `BACKEND:MODEL@RECIPE`: a model (or a file, or an export's folder) on a backend.
+
+    `BACKEND/KV:MODEL` has keys and values stored as `KV`.
+    """
 
     backend: str
     model: str
     recipe: str | None = None
+    kv: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Name:
         """Read one; UsageError says what it looks like."""
-        backend, colon, rest = text.partition(":")
+        where, colon, rest = text.partition(":")
+        backend, slash, kv = where.partition("/")
         model, at, recipe = rest.rpartition("@") if "@" in rest else (rest, "", "")
-        if not colon or not model or backend not in BACKENDS or (at and not recipe):
+        if not colon or not model or backend not in BACKENDS or (at and not recipe) or (slash and not kv):
             raise UsageError(
-                f"{text!r} is no contender: write BACKEND:MODEL or BACKEND:MODEL@RECIPE, with a backend of "
-                f"{', '.join(BACKENDS)}"
+                f"{text!r} is no contender: write BACKEND:MODEL, BACKEND:MODEL@RECIPE or BACKEND/KV:MODEL, with a "
+                f"backend of {', '.join(BACKENDS)}"
             )
-        return cls(backend, model, recipe or None)
+        check_kv_type(kv or None, backend)
+        return cls(backend, model, recipe or None, kv or None)
 
     def __str__(self) -> str:
         """As it is written."""
-        return f"{self.backend}:{self.model}" + (f"@{self.recipe}" if self.recipe else "")
+        where = f"{self.backend}/{self.kv}" if self.kv else self.backend
+        return f"{where}:{self.model}" + (f"@{self.recipe}" if self.recipe else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ def load(name: Name, store: Store, *, threads: int, draft: str | None = None) ->
     `draft`: a model that drafts for it, which makes its answers come sooner and leaves them the same.
     """
     source = find_source(store, name.model)
-    loader = Loader(store=store, backend=name.backend, threads=threads)
+    loader = Loader(store=store, backend=name.backend, threads=threads, kv=name.kv)
     n_ctx = min(N_CTX, source.n_ctx_train)
     loaded = loader.load(source, n_ctx=n_ctx, recipe=chosen_recipe(name.recipe, name.backend, source), aligned=True)
     session, drafter = Session(loaded.model), None
@@ -92,7 +99,7 @@ def load(name: Name, store: Store, *, threads: int, draft: str | None = None) ->
             drafter = _load_draft(draft, loader, store, source, n_ctx)
         yield Contender(
             name=str(name),
-            identity=_identity(source, loaded.backend, loaded.recipe),
+            identity=_identity(source, loaded.backend, loaded.recipe) + (f" kv {name.kv}" if name.kv else ""),
             backend=loaded.backend,
             recipe=loaded.recipe,
             weight_bytes=loaded.model.spec.weight_bytes,
@@ -111,7 +118,7 @@ def load(name: Name, store: Store, *, threads: int, draft: str | None = None) ->
 def _load_draft(draft: str, loader: Loader, store: Store, target: Source, n_ctx: int) -> Drafter:
     source = find_source(store, draft, share=target.tokenizer)
     check_same_vocabulary(target.tokenizer, source.tokenizer)
-    loaded = loader.load(source, n_ctx=n_ctx, recipe=draft_recipe(source), aligned=False)
+    loaded = replace(loader, kv=None).load(source, n_ctx=n_ctx, recipe=draft_recipe(source), aligned=False)
     return ModelDrafter(Session(loaded.model))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from peer_bench.answer import Answer, Settings
+from peer_bench.genai import MODES as GENAI_MODES
 from peer_bench.llama_cpp_server import MODES
 
 
@@ -92,12 +93,24 @@ def llama_server(mode: str) -> Callable[[Settings], Contender]:
     return make
 
 
+def genai(mode: str) -> Callable[[Settings], Contender]:
+    """onnxruntime-genai in one of its `genai.MODES`."""
+
+    def make(settings: Settings) -> Contender:
+        from peer_bench.genai import Genai
+
+        return Genai(settings, mode)
+
+    return make
+
+
 CONTENDERS: dict[str, Callable[[Settings], Contender]] = {
     "ours-pair": ours_pair,
     "ours-padded": ours_padded,
     "ours-plain": ours_plain,
     "llama.cpp": llama_cpp,
     **{f"llama-server-{mode}": llama_server(mode) for mode in MODES},
+    **{f"genai-{mode}": genai(mode) for mode in GENAI_MODES},
 }
 DEFAULT = ("ours-pair", "ours-padded", "ours-plain", "llama.cpp")
-"""Those that need no program of another project."""
+"""Those that need no program or library beside edge_spec's own."""
