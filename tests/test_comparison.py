@@ -172,6 +172,8 @@ def test_what_is_compared_is_what_auto_takes(
 ) -> None:
     monkeypatch.setenv("EDGE_SPEC_HOME", str(tmp_path))
     monkeypatch.setattr(comparison, "_SECONDS", {"target": 0, "draft": 0})
+    monkeypatch.setattr(comparison, "READ", 160)
+    monkeypatch.setattr(comparison, "ROWS", (1, 2, 4, 8))
     shown = run("doctor", "--compare", "--target", str(smollm2_path), "--json")
     assert shown.code == 0, shown.err
     told = json.loads(shown.out)
