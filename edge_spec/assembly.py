@@ -64,7 +64,8 @@ def _make_planner(target: ModelSpec, model: ModelDrafter | None, past: PastAnswe
     more: list[Drafter] = [ReferenceDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)]
     if past is not None:
         more.append(HistoryDrafter(past, max_draft=MAX_DRAFT_TOKENS, bold=True))
-    lookup = LookupDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)
+    # One matching token says little, but where rows are padded a second one costs nothing.
+    lookup = LookupDrafter(min_match=1, max_draft=MAX_DRAFT_TOKENS, bold=True)
     return Planner(costs(), lookup, model, more=more, fixed=costs(), max_draft=max_draft)
 
 

@@ -75,7 +75,10 @@ def print_curve(names: Sequence[str], answers: list[Answer], options: argparse.N
         _guesses(model, options.exports / f"{name}.guesses.json", answers)
         for name, model in zip(names, models, strict=True)
     ]
-    context = (max(answers, key=lambda answer: len(answer.prompt)).prompt * CACHED)[:CACHED]
+    longest = max(answers, key=lambda answer: len(answer.prompt))
+    context = (longest.prompt * CACHED)[:CACHED]
+    for model in models:
+        model.reach(longest.prompt + longest.ids)
     ways = [(straightforward if i == 0 else drafting)(model, context) for i, model in enumerate(models)]
     taken = time_in_turn(ways, options.rounds)
     target = np.concatenate([answer.ids for answer in answers])
