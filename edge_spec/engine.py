@@ -95,6 +95,7 @@ class Engine:
         *,
         target: str | Path | None = None,
         draft: str | Path | None = None,
+        smaller_drafts: Sequence[str | Path] = (),
         backend: str = "onnx",
         draft_backend: str | None = None,
         drafter: str = "auto",
@@ -112,6 +113,9 @@ class Engine:
 
         Models are names, hub references that were pulled, paths of GGUF files or of exports. The first load of a GGUF
         on the onnx or openvino backend exports it into the store.
+
+        `smaller_drafts`, the best first, are for where memory is short: the first that fits takes the draft's place
+        before drafts are given up. A pair's manifest may name them too.
 
         `backend` is "onnx", "openvino", "llama", or "auto": what `edge-spec doctor --compare` found fastest on this
         machine for these models, of what is installed and can do what is asked for; onnx where it was not asked.
@@ -148,6 +152,7 @@ class Engine:
             pair=pair,
             target=target,
             draft=draft,
+            smaller_drafts=tuple(smaller_drafts),
             backend=backend,
             draft_backend=draft_backend,
             drafter=drafter,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from edge_spec.errors import UnsupportedArchitectureError
@@ -37,6 +38,7 @@ def fit(request: LoadRequest, options: LoadOptions) -> FittedRequest:
     budget = find_budget(options.ram, usage=usage)
     try:
         target, draft = _facts(request.source), _facts(request.draft_source) if request.draft_source else None
+        smaller = {_facts(source): source for source in request.smaller_drafts}
         wanted = estimate(target, draft, _settings(request, options, target))
     except UnsupportedArchitectureError as exc:
         if options.ram is not None:
@@ -48,6 +50,7 @@ def fit(request: LoadRequest, options: LoadOptions) -> FittedRequest:
         draft=options.drafter not in NEED_MODEL,
         # Only where no text is promised to be the same to the bit, and the type costs nothing to prepare.
         kv=SMALLER_KV if options.kv is None and request.backend == "llama" else (),
+        drafts=tuple(smaller),
     )
     plan = make_plan(wanted, budget, freedom, held_bytes=usage.anonymous_bytes)
     settings = plan.estimate.settings
@@ -56,10 +59,17 @@ def fit(request: LoadRequest, options: LoadOptions) -> FittedRequest:
         n_ctx=settings.n_ctx,
         batch=settings.batch,
         kv=settings.kv if settings.kv in freedom.kv else request.kv,
-        draft_source=request.draft_source if plan.estimate.draft is not None else None,
+        draft_source=_drafting(plan, request, smaller),
     )
     notes = (f"memory: within {budget.held} there is {_listed(plan.given_up)}",) if plan.given_up else ()
     return FittedRequest(fitted, budget, plan, notes)
+
+
+def _drafting(plan: Plan, request: LoadRequest, smaller: Mapping[ModelFacts, Source]) -> Source | None:
+    """The draft that a plan keeps: the one that was asked for, a smaller one, or none."""
+    if plan.estimate.draft is None:
+        return None
+    return smaller.get(plan.estimate.draft, request.draft_source)
 
 
 def _facts(source: Source) -> ModelFacts:

@@ -36,6 +36,7 @@ from edge_spec.loading import (
     running_backends,
 )
 from edge_spec.store import DEFAULT_PAIR, Store
+from edge_spec.store.manifest import Pair
 from edge_spec.tokenizer import check_same_vocabulary
 from edge_spec.types import SamplingParams
 
@@ -56,6 +57,7 @@ class LoadOptions:
     pair: str | None = None
     target: str | Path | None = None
     draft: str | Path | None = None
+    smaller_drafts: tuple[str | Path, ...] = ()
     backend: str = "onnx"
     draft_backend: str | None = None
     drafter: str = "auto"
@@ -94,6 +96,8 @@ class LoadRequest:
 
     source: Source
     draft_source: Source | None
+    smaller_drafts: tuple[Source, ...] = ()
+    """What could take the draft's place where memory is short, best first."""
     backend: str
     draft_backend: str
     threads: int
@@ -142,14 +146,14 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
         _refuse_options_of_a_draft(options)
 
     source = find_source(store, target)
-    draft_source = find_source(store, draft, share=source.tokenizer) if draft is not None else None
-    if draft_source is not None:
-        check_same_vocabulary(source.tokenizer, draft_source.tokenizer)
+    draft_source = _find_draft(store, draft, source) if draft is not None else None
+    smaller = _smaller_drafts(options, known, draft, store)
     chosen = _choose_backends(options, store, source, draft_source)
     threads = options.threads or chosen.threads or _recommended_threads(store, chosen.backend)
     return LoadRequest(
         source=source,
         draft_source=draft_source,
+        smaller_drafts=tuple(_find_draft(store, name, source) for name in smaller),
         backend=chosen.backend,
         draft_backend=chosen.draft_backend,
         threads=check_threads(threads),
@@ -162,6 +166,24 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
         chat_system=known.system if known else None,
         notes=chosen.notes,
     )
+
+
+def _find_draft(store: Store, ref: str | Path, target: Source) -> Source:
+    """A draft of the target's vocabulary. VocabMismatchError for another."""
+    found = find_source(store, ref, share=target.tokenizer)
+    check_same_vocabulary(target.tokenizer, found.tokenizer)
+    return found
+
+
+def _smaller_drafts(
+    options: LoadOptions, pair: Pair | None, draft: str | Path | None, store: Store
+) -> tuple[str | Path, ...]:
+    """What may stand in for the draft: what was asked for, else what the pair's manifest names and is here."""
+    if options.smaller_drafts and draft is None:
+        raise UsageError("smaller_drafts stand in for a draft model, and none is used")
+    if options.smaller_drafts or pair is None or draft != pair.draft:
+        return options.smaller_drafts
+    return tuple(name for name in pair.smaller_drafts if store.has(name))
 
 
 def named_models(options: LoadOptions, store: Store) -> tuple[str | Path, str | Path | None]:
@@ -182,7 +204,7 @@ def _choose_backends(options: LoadOptions, store: Store, source: Source, draft_s
     profile = BackendProfile(store.cache_dir)
     target = profile.get(profile_key(source, recipe))
     draft = profile.get(profile_key(draft_source, draft_recipe(draft_source))) if draft_source else None
-    return choose_backends(able, target, draft, options.draft_backend)
+    return choose_backends(able, target, draft, options.draft_backend, plain=options.drafter == "none")
 
 
 def profile_key(source: Source, recipe: Recipe | None) -> str:

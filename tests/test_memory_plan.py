@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 
 from edge_spec import Engine
-from edge_spec.errors import MemoryBudgetError
+from edge_spec.errors import MemoryBudgetError, UsageError
 from edge_spec.memory import Estimate, Settings, estimate, facts_of_gguf
 from edge_spec.memory.budget import Bound, Budget, Counts
-from edge_spec.memory.plan import LEAST_N_CTX, SHORT_PASS, Freedom, Plan, foreign_bytes, make_plan, required_bytes
+from edge_spec.memory.plan import (
+    LEAST_N_CTX,
+    OWN_NOISE_BYTES,
+    SHORT_PASS,
+    Freedom,
+    Plan,
+    foreign_bytes,
+    make_plan,
+    required_bytes,
+)
 from edge_spec.opening import NEED_MODEL
 from tests.tiny_models import write_tiny_gguf
 
@@ -123,13 +132,34 @@ def test_a_smaller_cache_type_goes_before_the_window(wanted: Estimate) -> None:
     assert "a cache in q8_0" in plan.given_up
 
 
+def test_each_smaller_draft_is_tried_in_order_before_drafts_are_given_up(wanted: Estimate, tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"hidden": 256, "n_head": 8, "n_kv_head": 8, "n_ctx": 65536}
+    drafts = [facts_of_gguf(write_tiny_gguf(tmp_path / f"draft-{n}.gguf", n_layer=n, ff=256, **shape)) for n in (2, 1)]
+    freedom = Freedom(n_ctx=False, drafts=tuple(drafts))
+    choices = [wanted, *(wanted.with_draft(draft) for draft in drafts), wanted.without_draft()]
+    for choice in choices:
+        plan = make_plan(wanted, budget_of(required_bytes(choice.at(batch=SHORT_PASS))), freedom)
+        assert plan.estimate.draft is choice.draft
+        name = choice.draft.name if choice.draft else "no draft"
+        assert plan.estimate.draft is wanted.draft or any(name in said for said in plan.given_up)
+
+
+def test_a_drafter_that_needs_a_model_gets_the_smallest_before_nothing(wanted: Estimate, tmp_path: Path) -> None:
+    small = facts_of_gguf(write_tiny_gguf(tmp_path / "small.gguf", n_layer=1, ff=256, n_ctx=65536))
+    n_bytes = required_bytes(wanted.with_draft(small).at(batch=SHORT_PASS))
+    plan = plan_at(wanted, n_bytes, n_ctx=False, draft=False, drafts=(small,))
+    assert plan is not None
+    assert plan.estimate.draft is small
+    assert plan_at(wanted, n_bytes, n_ctx=False, draft=False) is None
+
+
 def test_what_the_process_holds_for_others_counts(wanted: Estimate) -> None:
     assert foreign_bytes(wanted, 0) == 0
     others = 100 * MIB
     own = sum(part.committed_bytes for part in wanted.components if part.owner == "process" and not part.grows)
     exact = budget_of(required_bytes(wanted))
-    assert not make_plan(wanted, exact, Freedom(), held_bytes=own).given_up
-    assert make_plan(wanted, exact, Freedom(), held_bytes=own + 1).given_up
+    assert not make_plan(wanted, exact, Freedom(), held_bytes=own + OWN_NOISE_BYTES).given_up
+    assert make_plan(wanted, exact, Freedom(), held_bytes=own + OWN_NOISE_BYTES + 1).given_up
     with pytest.raises(MemoryBudgetError):
         make_plan(
             wanted, budget_of(required_bytes(wanted) + others // 2), Freedom(False, False), held_bytes=own + others
@@ -182,6 +212,24 @@ def test_a_draft_that_was_asked_for_by_its_drafter_is_not_given_up(pair: dict[st
     alone = estimate(facts_of_gguf(pair["target"]), None, Settings(n_ctx=512, threads=1))
     with pytest.raises(MemoryBudgetError, match="drafter lookup"):
         Engine.load(**pair, ram=required_bytes(alone), threads=1, n_ctx=512, drafter=drafter)
+
+
+def test_an_engine_loads_the_smaller_draft_that_fits(pair: dict[str, Any], tmp_path: Path) -> None:
+    small = write_tiny_gguf(tmp_path / "small.gguf", n_vocab=512, n_layer=1, ff=256)
+    wide = write_tiny_gguf(tmp_path / "wide.gguf", n_vocab=512, n_layer=48, hidden=512, ff=2048, n_head=8)
+    target, draft = facts_of_gguf(pair["target"]), facts_of_gguf(small)
+    room = required_bytes(estimate(target, draft, Settings(n_ctx=512, threads=1)))
+    loading: dict[str, Any] = {"target": pair["target"], "draft": wide, "n_ctx": 512, "threads": 1, "ram": room}
+    with Engine.load(**loading, smaller_drafts=[small]) as engine:
+        assert engine.info.draft == "small"
+        assert engine.info.given_up == ("the draft small instead of wide",)
+    with Engine.load(**loading) as engine:
+        assert engine.info.draft is None
+
+
+def test_smaller_drafts_without_a_draft_are_refused(pair: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="smaller_drafts"):
+        Engine.load(target=pair["target"], smaller_drafts=[pair["draft"]])
 
 
 def test_on_llama_the_cache_gets_smaller_before_the_window(pair: dict[str, Any]) -> None:

@@ -186,6 +186,9 @@ def write_random_gguf(
         if key != "general.architecture" and value is not None:
             writer.add_key_value(key, value, *_value_type(value))
     for name, shape in shapes:
+        if name.endswith("ssm_a"):  # rates of decay: below 0, or a recurrent state grows without bound
+            writer.add_tensor(name, -rng.uniform(0.5, 1.5, shape).astype(np.float32))
+            continue
         if len(shape) == 1:
             mean, std = (1.0, 0.1) if "norm" in name else (2.0, 0.2) if "rope" in name else (0.0, 0.1)
             writer.add_tensor(name, rng.normal(mean, std, shape).astype(np.float32))

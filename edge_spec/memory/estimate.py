@@ -72,6 +72,10 @@ class Estimate:
         """The estimate with other settings."""
         return estimate(self.target, self.draft, replace(self.settings, **changes))  # type: ignore[arg-type]
 
+    def with_draft(self, draft: ModelFacts) -> Estimate:
+        """The estimate with another draft."""
+        return estimate(self.target, draft, self.settings)
+
     def without_draft(self) -> Estimate:
         """The estimate of the target alone."""
         return estimate(self.target, None, self.settings)

@@ -14,5 +14,6 @@ def export_bytes(facts: ModelFacts, recipe: Recipe | None, threads: int) -> int:
     if facts.origin is Origin.EXPORT:
         return 0
     if facts.config is not None and recipe is not None and recipe.corrected:
-        return runtime.EXPORTER + corrected_bytes(facts.config, threads)
-    return runtime.EXPORTER + threads * CHUNK_WEIGHTS * runtime.EXPORT_BYTES_PER_WEIGHT
+        return runtime.CORRECTOR + corrected_bytes(facts.config, threads)
+    base = runtime.EXPORTER + runtime.EXPORTER_PER_TOKEN * facts.n_vocab
+    return base + threads * CHUNK_WEIGHTS * runtime.EXPORT_BYTES_PER_WEIGHT

@@ -81,6 +81,7 @@ def _onnx_parts(model: _Model) -> list[Component]:
     matrices = model.matrices()
     weights = onnx_weights(matrices, settings.machine)
     activations = compute.onnx_activations(facts, settings.batch)
+    activations += compute.onnx_attention(facts, settings.n_ctx, settings.batch)
     return [
         model.part(
             "weights",
@@ -94,7 +95,7 @@ def _onnx_parts(model: _Model) -> list[Component]:
         model.part(
             "compute buffers",
             activations,
-            reserved_bytes=2 * activations,
+            reserved_bytes=3 * activations // 2,
             source=Source.MEASURED,
             grows=True,
         ),
@@ -126,7 +127,7 @@ def _openvino_parts(model: _Model) -> list[Component]:
         model.part(
             "compute buffers",
             activations + attention,
-            reserved_bytes=2 * activations,
+            reserved_bytes=3 * activations // 2,
             source=Source.MEASURED,
             grows=True,
         ),

@@ -1,9 +1,9 @@
 """From a budget to what will be loaded: the least is given up that makes it fit, and it is said what.
 
 What fits as it was asked for is loaded as it was asked for. Else go, in this order: long passes over prompts, the
-cache's precision where the backend offers less, half of a window that nobody asked for, the draft, and then as much of
-that window as it takes. What the caller chose is kept: where that does not fit, nothing is loaded, and the error says
-what would fit.
+cache's precision where the backend offers less, half of a window that nobody asked for, the draft for a smaller one
+where one is known, the draft, and then as much of that window as it takes. What the caller chose is kept: where that
+does not fit, nothing is loaded, and the error says what would fit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from edge_spec.errors import MemoryBudgetError
 from edge_spec.memory.budget import Bound, Budget, Counts
 from edge_spec.memory.estimate import Estimate
+from edge_spec.memory.facts import ModelFacts
 from edge_spec.memory.parts import Owner
 from edge_spec.sizes import format_size
 
@@ -21,6 +22,8 @@ SHORT_PASS = 32
 """Tokens of a prompt that are read at a time where memory is short: little slower than 128."""
 LEAST_N_CTX, N_CTX_STEP = 64, 64
 """A shorter window leaves no room for an answer; windows that are chosen here are multiples of the step."""
+OWN_NOISE_BYTES = 8 << 20
+"""How far the process's own parts may be off before what is more belongs to others: the band has room for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Freedom:
     draft: bool = True
     kv: tuple[str, ...] = ()
     """Smaller types of cache elements that the backend offers, best first."""
+    drafts: tuple[ModelFacts, ...] = ()
+    """Smaller drafts that could take the draft's place, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ def make_plan(wanted: Estimate, budget: Budget, freedom: Freedom, *, held_bytes:
 def foreign_bytes(wanted: Estimate, held_bytes: int) -> int:
     """What the process holds for others: all but the interpreter, the tokenizer and the libraries of this run."""
     own = sum(part.committed_bytes for part in wanted.components if part.owner is Owner.PROCESS and not part.grows)
-    return max(0, held_bytes - own)
+    return held_bytes - own if held_bytes - own > OWN_NOISE_BYTES else 0
 
 
 def required_bytes(estimate: Estimate, counts: Counts = Counts.HELD) -> int:
@@ -113,11 +118,18 @@ Choice = tuple[Estimate, tuple[str, ...]]
 
 def _candidates(wanted: Estimate, freedom: Freedom, fit: _Fit) -> Iterator[Choice]:
     """What could be loaded, what gives up least first. Not all of it fits."""
-    if wanted.draft is None or not freedom.draft:
+    if wanted.draft is None:
         yield from _smaller(wanted, (), freedom, fit, LEAST_N_CTX)
         return
-    yield from _smaller(wanted, (), freedom, fit, wanted.settings.n_ctx // 2)
-    yield from _smaller(wanted.without_draft(), ("no draft model",), freedom, fit, LEAST_N_CTX)
+    drafted: list[Choice] = [(wanted, ())]
+    drafted += [
+        (wanted.with_draft(other), (f"the draft {other.name} instead of {wanted.draft.name}",))
+        for other in freedom.drafts
+    ]
+    for choice in drafted:
+        yield from _smaller(*choice, freedom, fit, wanted.settings.n_ctx // 2)
+    last = (wanted.without_draft(), ("no draft model",)) if freedom.draft else drafted[-1]
+    yield from _smaller(*last, freedom, fit, LEAST_N_CTX)
 
 
 def _smaller(
@@ -169,6 +181,8 @@ def _refusal(wanted: Estimate, freedom: Freedom, fit: _Fit) -> MemoryBudgetError
 def _least(wanted: Estimate, freedom: Freedom) -> Estimate:
     """As wanted, with all around the models as small as it goes."""
     settings = wanted.settings
+    if wanted.draft is not None and freedom.drafts:
+        wanted = wanted.with_draft(freedom.drafts[-1])
     return wanted.at(batch=min(SHORT_PASS, settings.batch), kv=freedom.kv[-1] if freedom.kv else settings.kv)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edge_spec.cores import usable_processors
 from edge_spec.memory import runtime
 from edge_spec.memory.facts import ModelFacts
 from edge_spec.memory.parts import Component, Owner, Settings, Source
@@ -32,7 +33,8 @@ def process_parts(target: ModelFacts, backends: Sequence[str], settings: Setting
             mapped_bytes=code,
             touched_bytes=code,
             reserved_bytes=max(runtime.RESERVED[name] for name in libraries)
-            + runtime.RESERVED_PER_THREAD * settings.threads,
+            + runtime.RESERVED_PER_PROCESSOR * usable_processors()
+            + runtime.RESERVED_PER_THREAD * settings.threads * len(backends),
         ),
         part("runtime", sum(runtime.LIBRARY[name] for name in libraries)),
         part(

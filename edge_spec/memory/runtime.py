@@ -41,13 +41,20 @@ HISTORY = 24 * MIB
 REACHED_ROWS = 4096
 """Most rows of a trimmed head that are kept beside it (`backends.trimmed_head`)."""
 
-RESERVED = {"onnx": 64 * MIB, "openvino": 150 * MIB, "llama": 96 * MIB}
-RESERVED_PER_THREAD = 16 * MIB
-"""Address space that is set aside, and counted by RLIMIT_DATA, but not touched: stacks, arenas, OpenBLAS's buffers."""
+RESERVED = {"onnx": 8 * MIB, "openvino": 94 * MIB, "llama": 30 * MIB}
+RESERVED_PER_PROCESSOR = 40 * MIB
+RESERVED_PER_THREAD = 8 * MIB
+"""Address space that is set aside, and counted by RLIMIT_DATA, but not touched: the libraries' arenas; for every
+processor of the machine a buffer (32 MiB) and a thread's stack (8) of NumPy's OpenBLAS, which asks for them when it is
+imported; the stack of each thread that a model runs on."""
 
 SHARED_LIBRARIES = {"onnx": 50 * MIB, "openvino": 90 * MIB, "llama": 33 * MIB}
 """Code of Python and of a backend's library that is in memory while it runs: mapped files, shared between processes."""
 
-EXPORTER = 60 * MIB
-EXPORT_BYTES_PER_WEIGHT = 24
-"""Exporting: the libraries for it and the graph; and what a thread holds a weight of its chunk."""
+EXPORTER = 6 * MIB
+EXPORTER_PER_TOKEN = 70
+EXPORT_BYTES_PER_WEIGHT = 8
+"""Exporting: the libraries for it and the graph; the vocabulary, which is copied; what a thread holds a weight of its
+chunk."""
+CORRECTOR = 60 * MIB
+"""The same where errors are corrected: libraries, the calibration text and its tokenizer."""

@@ -51,6 +51,9 @@ class Pair:
     draft: str
     system: str | None
     sampling: SamplingParams
+    smaller_drafts: tuple[str, ...] = ()
+    """Drafts that take less memory, the best first: where the draft does not fit, the first of them that is here and
+    fits is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ def load_catalogue(folder: Path) -> Catalogue:
     weights = {item.name: item for item in _load_all(folder / "weights", _weights)}
     pairs = {item.name: item for item in _load_all(folder / "pairs", _pair)}
     for pair in pairs.values():
-        for part in (pair.target, pair.draft):
+        for part in (pair.target, pair.draft, *pair.smaller_drafts):
             if part not in weights:
                 raise ModelFormatError(f"{folder}: the pair {pair.name!r} names {part!r}, which has no manifest")
         if pair.name in weights:
@@ -108,4 +111,5 @@ def _source(table: dict[str, Any]) -> Source:
 
 def _pair(table: dict[str, Any]) -> Pair:
     sampling = SamplingParams(**table.pop("sampling", {}))
-    return Pair(system=table.pop("system", None), sampling=sampling, **table)
+    smaller = tuple(table.pop("smaller_drafts", ()))
+    return Pair(system=table.pop("system", None), sampling=sampling, smaller_drafts=smaller, **table)

@@ -120,6 +120,10 @@ class Store:
             reason = exc.strerror if isinstance(exc, OSError) else exc
             raise ModelNotFoundError(f"{ref} cannot be read: {reason}") from exc
 
+    def has(self, name: str) -> bool:
+        """Whether a model that the catalogue knows, or that was pulled, is here and whole."""
+        return self._present(name) is not None
+
     def pair(self, name: str) -> Pair:
         """The pair of this name; ModelNotFoundError, naming those there are, if there is none."""
         pairs = self._catalogue.pairs

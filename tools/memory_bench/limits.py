@@ -66,7 +66,7 @@ def run_limited(cell: Cell, foretold: Foretold) -> Iterator[Outcome]:
     RLIMIT_DATA counts what is allocated and never touched, so what is reserved is added there. A control group counts
     what is resident, and the page cache, which gives way.
     """
-    estimate = foretold.estimate
+    estimate = foretold.estimate.at(lookup=True)  # the plan counts it, whatever the drafter
     held = estimate.peak_bytes + estimate.band_bytes
     for share in SHARES:
         limit = round(share * (held + estimate.reserved_bytes))
