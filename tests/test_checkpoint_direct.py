@@ -23,7 +23,7 @@ from edge_spec.formats.gguf import GGUFFile
 from edge_spec.memory.locate import find_facts
 from edge_spec.store import Store
 from tests.checkpoint_of_gguf import MODEL_TYPES, write_checkpoint_of
-from tests.tiny_checkpoint import write_safetensors
+from tests.tiny_checkpoint import tokenizer_json, write_safetensors
 from tests.tiny_models import write_tiny_gguf
 
 SIZES = {"n_layer": 4, "hidden": 128, "n_head": 4, "n_kv_head": 2, "ff": 256, "n_vocab": 512}
@@ -290,3 +290,39 @@ def test_what_only_optimum_can_export_is_told_by_a_reason(tmp_path: Path) -> Non
     assert refusal_of(checkpoint) is None
     change_config(checkpoint, hidden_act="relu")
     assert "relu" in str(refusal_of(checkpoint))
+
+
+@pytest.mark.real
+def test_a_real_model_says_the_same_as_checkpoint_and_as_gguf(smollm2_path: Path, tmp_path: Path) -> None:
+    """SmolLM2's weights, as its GGUF has them, in a checkpoint of float32."""
+    vocabulary = tokenizer_of(smollm2_path)
+    checkpoint = write_checkpoint_of(smollm2_path, tmp_path / "checkpoint", "llama", tokenizer=vocabulary)
+    paths, texts = [tmp_path / "ours", tmp_path / "theirs"], []
+    with GGUFFile(smollm2_path) as gguf:
+        (checkpoint / "chat_template.jinja").write_text(gguf.get_str("tokenizer.chat_template"))
+    made = [export(source, path) for source, path in zip((checkpoint, smollm2_path), paths, strict=True)]
+    ours, theirs = (np.fromfile(one.weights_file, np.uint8) for one in made)
+    assert np.array_equal(ours, theirs)
+    for target in paths:
+        with Engine.load(target=target, drafter="lookup", n_ctx=256) as engine:
+            messages = "Write two sentences about the sea, then 3 * 14 = 42."
+            texts.append(engine.generate(messages, max_tokens=32).token_ids)
+    assert texts[0] == texts[1]
+
+
+def tokenizer_of(path: Path) -> dict[str, Any]:
+    """The tokenizer.json that a byte-level vocabulary in a GGUF came from, with SmolLM's way of cutting words."""
+    with GGUFFile(path) as gguf:
+        tokens, merges = (gguf.get_strings(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+        types = gguf.get_array("tokenizer.ggml.token_type")
+    described = tokenizer_json()
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = [{"id": int(i), "content": tokens[i], "special": True} | flags for i in np.flatnonzero(types == 3)]
+    cuts = [{"type": "Digits", "individual_digits": True}, described["pre_tokenizer"]]
+    model = described["model"] | {"vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
+    return described | {
+        "added_tokens": special,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
+        "post_processor": None,
+        "model": model,
+    }

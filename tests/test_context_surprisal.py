@@ -101,6 +101,23 @@ def test_the_draft_reads_hardly_more_than_what_is_kept() -> None:
     assert sum(seen) <= 0.6 * len(TEXT * 3)
 
 
+def test_the_draft_reads_no_sentence_that_stays_anyway() -> None:
+    seen: list[str] = []
+
+    def note(ids: Sequence[int]) -> NDArray[np.float64]:
+        seen.append("".join(map(chr, ids)))
+        return flat(ids)
+
+    condensed = Surprisal(0.5).condense(TEXT * 3, CHARACTERS, note)
+    (read,) = seen
+    assert not read.endswith("How many crates did the Ostara bring?")
+    assert len(read) <= 0.45 * len(TEXT * 3)
+    assert len(condensed.text) > 0.4 * len(TEXT * 3)
+    whole = Surprisal(0.5, sure=0.0).condense(TEXT * 3, CHARACTERS, note)
+    assert len(seen[-1]) > len(read)
+    assert len(whole.text) <= 0.5 * len(TEXT * 3) + 3
+
+
 @pytest.mark.parametrize("length", [1, 2, 8, 9, 30, 70])
 def test_surprisal_is_minus_the_log_of_the_drafts_probability(length: int) -> None:
     model = FakeLM(n_vocab=16, n_ctx=32, order=2)

@@ -200,6 +200,30 @@ def test_programs_are_written_once(gguf: Path, store: Store, tmp_path: Path) -> 
     assert set(written) == {"p/0"}
 
 
+def test_programs_alone_are_put_without_texts_and_a_draft_changes_none(gguf: Path, store: Store) -> None:
+    problem = Problem("p/0", "def one():\n", "one", "def check(f):\n    assert f() == 1\n")
+    plan = Plan(prompts=(), problems=[problem], likeness=False)
+    name, programs = Name("onnx", str(gguf), "int8"), []
+    for drafted in (plan, replace(plan, draft=str(gguf))):
+        (row,) = measure(drafted, name, [], store)
+        assert (row.problems, row.perplexity, row.positions) == (1, None, 0)
+        (kept,) = (store.cache_dir / "quality").iterdir()
+        programs.append(kept.read_text())
+        kept.unlink()
+    assert programs[0] == programs[1]
+
+
+def test_the_time_to_go_is_told_by_what_is_new(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.001, 0.002, 20.0, 50.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    notes = quality._Notes()
+    for done in range(5):
+        notes("programs", done, 10)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "programs 0/10"
+    assert told[-1] == "programs 4/10, 25.0 s each, 2 min to go"
+
+
 @pytest.mark.parametrize(
     "line", ["no json", "[1]", '{"task_id": "a", "prompt": "b", "entry_point": "not a name", "test": "c"}', "{}"]
 )
@@ -215,6 +239,11 @@ def test_problems_that_are_missing_or_not_gzipped_are_refused(tmp_path: Path) ->
     for name in ("none.jsonl", "plain.jsonl.gz"):
         with pytest.raises(UsageError, match="cannot be read"):
             read_problems(tmp_path / name)
+
+
+def test_programs_alone_need_problems(gguf: Path, store: Store, capsys: Any) -> None:
+    assert quality.main(["--reference", f"onnx:{gguf}@int8", "--programs-only"]) == 2
+    assert "--programs-only needs --problems" in capsys.readouterr().err
 
 
 def test_the_tool_prints_one_json_object(gguf: Path, store: Store, tmp_path: Path, capsys: Any) -> None:

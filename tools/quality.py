@@ -2,6 +2,7 @@
 
     python tools/quality.py --reference llama:qwen2.5-coder-1.5b onnx:qwen2.5-coder-1.5b onnx:qwen2.5-coder-1.5b@int8
     python tools/quality.py ... --workload prompts.jsonl --limit 6 --problems HumanEval.jsonl.gz
+    python tools/quality.py ... --problems HumanEval.jsonl.gz --programs-only --draft qwen2.5-coder-0.5b
     python tools/quality.py ... --baseline onnx:qwen2.5-coder-1.5b@int4-plain
     python tools/quality.py --reference openvino:qwen2.5-coder-1.5b openvino/f16:qwen2.5-coder-1.5b  # cache types
 
@@ -30,11 +31,16 @@ from edge_spec.quality.report import as_json, as_text
 from edge_spec.store import Store
 
 _NOTE_EVERY_S = 10.0
+_KEPT_S = 0.05
+"""What takes less was not computed, but read."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; 0 if it was made, 1 if something failed, 2 for bad usage."""
     options = _parser().parse_args(arguments)
+    if options.programs_only and options.problems is None:
+        print("quality: --programs-only needs --problems", file=sys.stderr)
+        return 2
     try:
         reference, others = Name.parse(options.reference), [Name.parse(text) for text in options.models]
         baseline = Name.parse(options.baseline) if options.baseline else None
@@ -45,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             problems=read_problems(options.problems)[: options.problem_limit] if options.problems else (),
             draft=options.draft,
             threads=check_threads(options.threads),
+            likeness=not options.programs_only,
         )
         store = Store()
         rows = measure(plan, reference, others, store, _Notes())
@@ -67,18 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Notes:
-    """Progress on standard error: a new stage at once, its counts now and then."""
+    """Progress on standard error: a new stage at once, its counts and the time it still takes now and then."""
 
     def __init__(self) -> None:
         self._stage = ""
-        self._last_s = 0.0
+        self._last_s = self._called_s = 0.0
+        self._start = (0.0, 0)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if stage == self._stage and now - self._last_s < _NOTE_EVERY_S:
+        if stage != self._stage or now - self._called_s < _KEPT_S:
+            self._start = now, done  # what was kept by an earlier run takes no time and tells nothing
+        new, self._stage, self._called_s = stage != self._stage, stage, now
+        if not new and now - self._last_s < _NOTE_EVERY_S and done < total:
             return
-        self._stage, self._last_s = stage, now
-        print(stage if total <= 1 else f"{stage} {done}/{total}", file=sys.stderr, flush=True)
+        self._last_s = now
+        (since, first), text = self._start, stage if total <= 1 else f"{stage} {done}/{total}"
+        if done > first:
+            each = (now - since) / (done - first)
+            text += f", {each:.1f} s each, {each * (total - done) / 60:.0f} min to go"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--answer-tokens", type=_positive, default=64, help="at most so many of each answer")
     parser.add_argument("--problems", type=Path, help="JSON lines (.gz) with task_id, prompt, entry_point and test")
     parser.add_argument("--problem-limit", type=_positive, help="at most so many of them")
+    parser.add_argument("--programs-only", action="store_true", help="no texts: put the problems and nothing else")
     parser.add_argument("--draft", help="a model that drafts programs for those on onnx: the same text, sooner")
     parser.add_argument("--baseline", help="time passes, in turn with this one")
     parser.add_argument("--threads", type=_positive)

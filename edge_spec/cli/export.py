@@ -85,8 +85,8 @@ def export(
                 "--format gguf takes a GGUF: make one of the checkpoint with llama.cpp's convert_hf_to_gguf.py, "
                 "then requantise that"
             )
+        _refuse(True, {"--report": report or None}, "takes a GGUF, which the export is compared with on llama.cpp")
         if optimum_python is not None or _takes_optimum(folder):
-            _refuse(True, {"--report": report or None}, "is for a source that our own graph builder takes")
             _refuse(True, {"--draft-of": draft_of}, "is for a source that our own graph builder takes")
             chosen = _choose(None, recipe, bits, block)
             _tell(_export_checkpoint(store, folder, to, chosen, python=optimum_python, threads=threads))

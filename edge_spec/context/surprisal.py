@@ -1,7 +1,8 @@
 """Leave out of a prompt what tells least, before the target pays for reading it.
 
-In two steps, as in LLMLingua (arXiv 2310.05736): word statistics choose the sentences that are worth a look, and the
-draft model, which reads no others, finds the phrases that it could have guessed (selective context, arXiv 2310.06201).
+In two steps, as in LLMLingua (arXiv 2310.05736): word statistics tell the sentences that stay and those worth a
+look; the draft model, which reads only the latter, finds the phrases that it could have guessed (selective context,
+arXiv 2310.06201).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -43,18 +44,24 @@ class Surprisal:
 
     keep: float
     looked_at: float = 0.1
-    """The draft reads a share of the text that is larger than `keep` by this much."""
+    """The draft chooses from a share of the text that is larger than `keep` by this much."""
+    sure: float = 0.4
+    """Share of what is kept that is not worth a look: the sentences that tell most by their words stay whole."""
 
     def condense(self, text: str, tokenizer: Tokenizer, score: Score) -> Condensed:
         """The text without what tells least. The tokens of a text are counted as those of its parts."""
         units = sentences(text)
         budget = _Budget(text, tokenizer)
         wanted = int(self.keep * budget.total)
-        looked_at = _choose(
-            units, _weights(text, units), budget, int(min(1.0, self.keep + self.looked_at) * budget.total)
-        )
-        pieces = [phrase for unit in looked_at for phrase in phrases(text, unit)]
-        told = _told(text, pieces, tokenizer, score)
+        asked, weights = _asked(text, units), _weights(text, units)
+        chosen = _choose(units, weights, budget, int(min(1.0, self.keep + self.looked_at) * budget.total))
+        sure = {unit.start for unit in _choose(units, weights, budget, int(self.sure * wanted))}
+        pieces = [
+            piece
+            for unit in chosen
+            for piece in ([replace(unit, is_kept=True)] if unit.start in sure else phrases(text, unit))
+        ]
+        told = _told(text, pieces, asked, tokenizer, score)
         kept = _choose(pieces, told, budget, wanted)
         return _without(text, kept, budget)
 
@@ -108,8 +115,16 @@ def _asked(text: str, units: Sequence[Unit]) -> set[str]:
     return {word for word in kept if len(word) > 3}
 
 
-def _told(text: str, pieces: Sequence[Unit], tokenizer: Tokenizer, score: Score) -> list[float]:
-    """Mean surprisal of the tokens of each piece, read one behind the other."""
+def _told(text: str, pieces: Sequence[Unit], asked: set[str], tokenizer: Tokenizer, score: Score) -> list[float]:
+    """Mean surprisal of the tokens of each piece, read one behind the other; those that stay anyway are not read."""
+    read = [piece for piece in pieces if not piece.is_kept]
+    told = iter(_told_by_draft(text, read, asked, tokenizer, score))
+    return [0.0 if piece.is_kept else next(told) for piece in pieces]
+
+
+def _told_by_draft(
+    text: str, pieces: Sequence[Unit], asked: set[str], tokenizer: Tokenizer, score: Score
+) -> list[float]:
     joined = "".join(text[piece.start : piece.end] for piece in pieces)
     ids = tokenizer.encode(joined)
     if not ids:
@@ -117,7 +132,6 @@ def _told(text: str, pieces: Sequence[Unit], tokenizer: Tokenizer, score: Score)
     surprise, ends = score(ids), _char_ends(joined, ids, tokenizer)
     edges = np.array([0, *accumulate(piece.end - piece.start for piece in pieces)])
     places = np.searchsorted(ends, edges, side="right")
-    asked = _asked(text, pieces)
     told = []
     for piece, first, behind in zip(pieces, places, places[1:], strict=False):
         named = sum(word in asked for word in words(text[piece.start : piece.end]))

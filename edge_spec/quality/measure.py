@@ -37,12 +37,14 @@ class Plan:
     draft: str | None = None
     """Drafts for the models on onnx while they write programs: the same text, sooner."""
     threads: int = 1
+    likeness: bool = True
+    """Whether models are compared with the reference on texts; else only programs are."""
 
 
 def reference_for(source: Path) -> Name:
-    """What an export of `source` is compared with: the GGUF itself on llama.cpp, else, where that is not installed or
-    it is a checkpoint, the closest that an export comes to it."""
-    if source.is_file() and importlib.util.find_spec("llama_cpp") is not None:
+    """What an export of the GGUF `source` is compared with: the file itself on llama.cpp, else, where that is not
+    installed, the closest that an export comes to it."""
+    if importlib.util.find_spec("llama_cpp") is not None:
         return Name("llama", str(source))
     return Name("onnx", str(source), "exact")
 
@@ -51,6 +53,8 @@ def measure(
     plan: Plan, reference: Name, others: Sequence[Name], store: Store, note: Note | None = None
 ) -> list[Figures]:
     """Figures of the reference and of every other model, in this order."""
+    if not plan.likeness:
+        return [_programs_alone(name, plan, store, note) for name in (reference, *others)]
     folder = store.cache_dir / "quality"
     text = plan.text if plan.text is not None else fixed_text()
     with load(reference, store, threads=plan.threads) as contender:
@@ -75,6 +79,13 @@ def measure(
                 Figures(name=contender.name, recipe=contender.recipe, weight_bytes=contender.weight_bytes, **figures)
             )
     return rows
+
+
+def _programs_alone(name: Name, plan: Plan, store: Store, note: Note | None) -> Figures:
+    """A model's row without a word on what it is compared with."""
+    with load(name, store, threads=plan.threads, draft=_draft_for(name, plan)) as contender:
+        solved = _solve(contender, plan, store.cache_dir / "quality", note)
+        return Figures(name=contender.name, recipe=contender.recipe, weight_bytes=contender.weight_bytes, **solved)
 
 
 def _draft_for(name: Name, plan: Plan) -> str | None:
