@@ -1,6 +1,6 @@
 """Rounding that makes up for itself: the error of each weight is spread over those that are not rounded yet.
 
-A matrix is rounded column by column. What a column loses is added to the later columns in the proportion that changes
+A matrix is rounded some columns at a time. What they lose is added to the later columns in the proportion that changes
 the outputs least, on the inputs that a calibration text gives the matrix. Source: GPTQ, arXiv 2210.17323, equations 2
 and 3 and algorithm 1; with H the inputs' second moments, the inverse of H is needed only as its Cholesky factor.
 Columns are taken in runs whose H is inverted by itself: the cost grows with the square of a run.

@@ -27,7 +27,7 @@ CHUNK_WEIGHTS = 1 << 20
 """Weights that a worker turns at a time: its temporaries stay in the cache and the peak stays small."""
 
 CORRECTED_CHUNK_WEIGHTS = 1 << 23
-"""The same where errors are corrected, which goes column by column: many rows make that worth a call."""
+"""The same where errors are corrected, which goes by few columns at a time: many rows make that worth a call."""
 
 ByteProgress = Callable[[int, int], object]
 """Called as `progress(done_bytes, total_bytes)` of the source tensors."""

@@ -68,9 +68,9 @@ def _quantize_with_zero_points(blocks: NDArray[np.float32], bits: int) -> Quanti
     scales = (high - low) / top
     zeros = np.clip(np.rint(-low * _inverse(scales)), 0, top)
     levels = blocks * _inverse(scales)[:, :, None]
-    # Adding a half and cutting off rounds to nearest, as above.
+    # Adding a half and cutting off rounds to nearest, as above. The lowest weight is at its level then, not below 0.
     levels += (zeros + np.float32(0.5))[:, :, None]
-    np.clip(levels, 0, top, out=levels)
+    np.minimum(levels, top, out=levels)
     return QuantizedRows(pack_levels(levels.astype(np.uint8), bits), scales, zeros.astype(np.uint8))
 
 
