@@ -7,7 +7,7 @@ are installed in the versions that were timed. Nothing is measured here: what is
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ AUTO = "auto"
 COMPARE = "`edge-spec doctor --compare`"
 TYPICAL_ACCEPTANCE = 0.8
 """Share of the draft's tokens that stand, over tasks of many kinds (docs/performance.md)."""
+TYPICAL_LOOKUP = 0.2
+"""The same of tokens that are copied from the text so far, at no cost, where little of it repeats."""
+_FREE_S = 1e-9
 LONGEST_DRAFT, MAX_ROWS = 7, 16
 _LEAST_GAIN = 0.03
 """Another backend than one that comes before it has to be faster by this share."""
@@ -43,7 +46,8 @@ class BackendTimes:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to load on which backend, and what the user should know of how that came about.
+    """What to load on which backend, and what the user should know of how that came about. `has_draft`: whether the
+    times of a draft had a part in it.
 
     `threads` and `tokens_per_s`, which is expected at TYPICAL_ACCEPTANCE, are None where nothing was timed.
     """
@@ -53,6 +57,7 @@ class Choice:
     threads: int | None = None
     tokens_per_s: float | None = None
     notes: tuple[str, ...] = ()
+    has_draft: bool = False
 
 
 class BackendProfile:
@@ -95,11 +100,13 @@ def choose_backends(
     target: Mapping[str, BackendTimes],
     draft: Mapping[str, BackendTimes] | None,
     draft_backend: str | None = None,
+    *,
+    plain: bool = False,
 ) -> Choice:
     """The fastest of the `able` backends for a target of these times, and for its draft.
 
-    `draft` is None without a draft model; `draft_backend` is where the user wants it. Where no times are known the
-    first of the able backends is taken.
+    `draft` is None without a draft model; `draft_backend` is where the user wants it; `plain`: nothing drafts. Where no
+    times are known the first of the able backends is taken.
     """
     timed = {name: target[name] for name in BACKENDS if name in able and name in target}
     if not timed:
@@ -111,22 +118,23 @@ def choose_backends(
     for name, times in timed.items():
         beside = chosen_draft_backend(draft_backend, name)
         for other in sorted(drafting, key=lambda other: (other != beside, BACKENDS.index(other))) or [beside]:
-            rate = expected_tokens_per_s(times, drafting.get(other))
+            rate = expected_tokens_per_s(times, drafting.get(other), plain=plain)
             if best is None or rate > (1 + _LEAST_GAIN) * (best.tokens_per_s or 0):
                 best = Choice(name, other, times.threads, rate)
     assert best is not None
     missing = [name for name in able if name not in target]
     notes = (f"backend {AUTO}: {' and '.join(missing)} not compared yet; {COMPARE} does",) if missing else ()
-    return Choice(best.backend, best.draft_backend, best.threads, best.tokens_per_s, notes)
+    return replace(best, notes=notes, has_draft=bool(drafting))
 
 
-def expected_tokens_per_s(target: BackendTimes, draft: BackendTimes | None) -> float:
-    """What the planner would expect of these costs: at the best length of drafts, or without any."""
+def expected_tokens_per_s(target: BackendTimes, draft: BackendTimes | None, *, plain: bool = False) -> float:
+    """What the planner would expect of these costs at the best length of drafts: the model's, else copied ones."""
     alignment = target.row_alignment or 1
     costs = Costs(max_rows=MAX_ROWS, alignment=alignment)
     widths = {str(n): s for n, s in target.seconds.items() if n <= MAX_ROWS and n % alignment == 0}
-    costs.restore({"target": widths, "draft_s": draft.seconds[1] if draft else None})
-    return costs.best_fixed(TYPICAL_ACCEPTANCE, LONGEST_DRAFT)[0] if draft else 1 / costs.target_s(1)
+    costs.restore({"target": widths, "draft_s": draft.seconds[1] if draft else _FREE_S})
+    chance = 0.0 if plain else TYPICAL_ACCEPTANCE if draft else TYPICAL_LOOKUP
+    return costs.best_fixed(chance, LONGEST_DRAFT)[0]
 
 
 def _engine(backend: str) -> str | None:

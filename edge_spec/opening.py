@@ -204,7 +204,7 @@ def _choose_backends(options: LoadOptions, store: Store, source: Source, draft_s
     profile = BackendProfile(store.cache_dir)
     target = profile.get(profile_key(source, recipe))
     draft = profile.get(profile_key(draft_source, draft_recipe(draft_source))) if draft_source else None
-    return choose_backends(able, target, draft, options.draft_backend)
+    return choose_backends(able, target, draft, options.draft_backend, plain=options.drafter == "none")
 
 
 def profile_key(source: Source, recipe: Recipe | None) -> str:

@@ -46,7 +46,9 @@ def test_a_flat_target_beats_a_fast_single_row_where_drafts_are_checked() -> Non
 
 def test_the_expectation_is_the_planners_with_padding_paid_for() -> None:
     assert expected_tokens_per_s(STEEP, None) == pytest.approx(50)
-    assert expected_tokens_per_s(times(20, 10, alignment=2), None) == pytest.approx(1 / 0.030)
+    padded = times(20, 10, alignment=2)
+    assert expected_tokens_per_s(padded, None, plain=True) == pytest.approx(1 / 0.030)
+    assert expected_tokens_per_s(padded, None) == pytest.approx(1.2 / 0.030)  # the second row is paid for anyway
     tokens = sum(0.8**n for n in range(8))
     assert expected_tokens_per_s(times(20, 0), times(1, 0)) == pytest.approx(tokens / (0.020 + 7 * 0.001))
 
@@ -56,6 +58,12 @@ def test_a_gain_too_small_to_trust_changes_nothing() -> None:
     target = {"onnx": STEEP, "llama": SLOW}
     draft = {"onnx": times(8, 1), "llama": times(7.9, 1)}
     assert choose_backends(ALL, target, draft).draft_backend == "onnx"
+
+
+def test_copied_drafts_count_unless_nothing_drafts() -> None:
+    target = {"onnx": times(30, 1, alignment=2), "llama": times(28, 20)}
+    assert choose_backends(ALL, target, None).backend == "onnx"
+    assert choose_backends(ALL, target, None, plain=True).backend == "llama"
 
 
 def test_what_is_not_able_or_not_wanted_is_not_chosen() -> None:

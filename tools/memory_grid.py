@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if cells else 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cell's process must not outlive this one
     store, kept = Store(), _Kept(options.keep)
+    if options.kept:
+        cells = [cell for cell in cells if kept.get(cell) is not None]
     paths = write_all(store.exports_dir / "random-models", {cell.model for cell in cells})
     if options.limits:
         return _run_limits(cells, store, paths, json_wanted=options.json)
@@ -146,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="at most so many cells")
     parser.add_argument("--limits", action="store_true", help="run each cell under limits instead")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep measurements there, and use those that are")
+    parser.add_argument("--kept", action="store_true", help="only compare what is kept: measure nothing")
     parser.add_argument(
         "--openvino-python",
         default=sys.executable,

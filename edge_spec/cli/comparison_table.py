@@ -31,7 +31,7 @@ def print_comparison(found: Comparison) -> None:
         for backend, reason in model.failed.items():
             remark(f"{backend} is left out: {reason}")
     if (choice := found.choice) is not None:
-        beside = f", the draft on {choice.draft_backend}" if "draft" in found.models else ""
+        beside = f", the draft on {choice.draft_backend}" if choice.has_draft else ""
         console.print(f"--backend auto takes {choice.backend}{beside} from now on", soft_wrap=True)
     engines = sorted({one.engine for model in found.models.values() for one in model.figures})
     remark(f"{' · '.join(engines)} · compared in {found.took_s:.0f} s")

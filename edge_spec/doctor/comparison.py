@@ -75,7 +75,7 @@ class ModelComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What `compare` found, and what `backend="auto"` makes of it; None where the target was not compared."""
+    """What `compare` found, and what `backend="auto"` makes of it; None where the target was never compared."""
 
     models: Mapping[str, ModelComparison]
     choice: Choice | None
@@ -102,13 +102,16 @@ def compare(
     options.check()
     target, draft = named_models(options, store)
     threads = check_threads(options.threads)
-    names = {role: name for role, name in (("target", target), ("draft", draft)) if name is not None and role in roles}
-    if not names:
+    names = {role: name for role, name in (("target", target), ("draft", draft)) if name is not None}
+    if not names.keys() & set(roles):
         raise UsageError("there is no draft model to compare the backends for")
-    profile, models, times = BackendProfile(store.cache_dir), {}, {}
+    profile, models, keys = BackendProfile(store.cache_dir), {}, {}
     for role, name in names.items():
         source = find_source(store, name)
         recipe = chosen_recipe(options.recipe, AUTO, source) if role == "target" else draft_recipe(source)
+        keys[role] = profile_key(source, recipe)
+        if role not in roles:
+            continue
         jobs = [
             Job(
                 model=str(name),
@@ -123,11 +126,12 @@ def compare(
             if backend in installed_backends()
         ]
         models[role] = _compare(source.name, jobs, _SECONDS[role], progress)
-        times[role] = _times(models[role])
-        profile.put(profile_key(source, recipe), times[role])
+        profile.put(keys[role], _times(models[role]))
+    # Of a model that was left out an earlier comparison may have told.
+    kept = {role: profile.get(key) for role, key in keys.items()}
     choice = None
-    if "target" in times:
-        choice = choose_backends(tuple(times["target"]), times["target"], times.get("draft"), options.draft_backend)
+    if kept["target"]:
+        choice = choose_backends(tuple(kept["target"]), kept["target"], kept.get("draft"))
     return Comparison(models, choice, perf_counter() - started)
 
 

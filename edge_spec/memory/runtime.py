@@ -38,7 +38,7 @@ LOOKUP_PER_TOKEN = 330
 HISTORY = 24 * MIB
 """Past answers: a full file of 2^20 tokens as a `drafting.corpus.Corpus`, 16 bytes a token, and what building takes."""
 
-REACHED_ROWS = 4096
+REACHED_ROWS = 1024
 """Most rows of a trimmed head that are kept beside it (`backends.trimmed_head`)."""
 
 RESERVED = {"onnx": 8 * MIB, "openvino": 94 * MIB, "llama": 30 * MIB}
@@ -56,5 +56,5 @@ EXPORTER_PER_TOKEN = 70
 EXPORT_BYTES_PER_WEIGHT = 8
 """Exporting: the libraries for it and the graph; the vocabulary, which is copied; what a thread holds a weight of its
 chunk."""
-CORRECTOR = 60 * MIB
+CORRECTOR = 10 * MIB
 """The same where errors are corrected: libraries, the calibration text and its tokenizer."""

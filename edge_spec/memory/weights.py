@@ -144,8 +144,10 @@ def _active_bytes(tensor: TensorInfo, facts: ModelFacts) -> int:
 
 
 def _is_repacked(tensor: TensorInfo, types: dict[GGMLType, int]) -> bool:
-    """Matrices of products, and experts; tables that rows are taken from stay as they are."""
-    return tensor.name != "token_embd.weight" and len(tensor.shape) in (2, 3) and _divides(tensor, types)
+    """Matrices of products, and experts; tables that rows are taken from stay as they are, and so do the matrices that
+    latent attention has for each head."""
+    is_matrix = len(tensor.shape) == 2 or (len(tensor.shape) == 3 and "_exps" in tensor.name)
+    return tensor.name != "token_embd.weight" and is_matrix and _divides(tensor, types)
 
 
 def _divides(tensor: TensorInfo, types: dict[GGMLType, int]) -> bool:

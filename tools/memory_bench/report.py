@@ -68,12 +68,12 @@ def figures(results: Sequence[Compared]) -> dict[str, Any]:
 
 def _parts(results: Sequence[Compared]) -> dict[str, list[Compared]]:
     """All cells, and kinds of them; only kinds that there are."""
-    held_out = [result for result in results if result.cell.is_held_out]
+    runs = [result for result in results if result.cell.recipe is None]
     kinds = {
-        "All": list(results),
-        "Fitted to": [result for result in results if not result.cell.is_held_out],
-        "Held out": held_out,
-        "Real models": [result for result in results if not result.cell.model.startswith("random-")],
+        "Runs": runs,
+        "Runs that constants were fitted to": [result for result in runs if not result.cell.is_held_out],
+        "Runs held out": [result for result in runs if result.cell.is_held_out],
+        "Runs of the pair and the small model": [r for r in runs if not r.cell.model.startswith("random-")],
         "Exports": [result for result in results if result.cell.recipe is not None],
     }
     return {name: part for name, part in kinds.items() if part}
