@@ -35,7 +35,7 @@ class Mode:
 
 MODES = {
     "plain": Mode(),
-    "draft": Mode(draft=True, options=("--spec-draft-n-max", str(_DRAFTED))),
+    "draft": Mode(draft=True, options=("--spec-type", "draft-simple", "--spec-draft-n-max", str(_DRAFTED))),
     "ngram": Mode(options=("--spec-type", "ngram-simple")),
     "q4_0": Mode(file_type="Q4_0"),
     "q4_0-ngram": Mode(file_type="Q4_0", options=("--spec-type", "ngram-simple")),
