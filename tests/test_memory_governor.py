@@ -16,7 +16,7 @@ from edge_spec.errors import BackendMemoryError
 from edge_spec.ladder import Ladder
 from edge_spec.memory.governor import MACHINE_EVERY_S, OWN_EVERY_S, SETTLE_S, Governor
 from edge_spec.memory.pressure import Level, MacPressure, Marks, OwnMemory, Reading
-from edge_spec.memory.process import Usage, process_memory
+from edge_spec.memory.process import Usage, process_memory, release_free_memory
 from edge_spec.types import Decoded, FinishReason, Output
 from tests.fakes import FakeLM
 
@@ -191,10 +191,11 @@ def test_macos_levels(said: int, level: Level) -> None:
 
 
 def test_what_this_process_takes_shows_in_its_reading() -> None:
-    gc.collect()  # what earlier tests left may not go between the two readings
+    gc.collect()
+    release_free_memory()  # what earlier tests left may not serve the block
     memory = process_memory()
     before = memory.read()
-    block = np.ones(64 * MIB, np.uint8)  # a mapping of its own, that nothing freed before can serve
+    block = np.ones(64 * MIB, np.uint8)
     after = memory.read()
     assert after.anonymous_bytes - before.anonymous_bytes >= 60 * MIB
     assert after.resident_bytes >= after.anonymous_bytes > 0

@@ -30,7 +30,7 @@ from edge_spec.export.graph import Weights, build_graph
 from edge_spec.export.layout import Layout, plan_layout
 from edge_spec.export.reading import read_config
 from edge_spec.export.recipe import Recipe
-from edge_spec.export.source import open_source
+from edge_spec.export.source import open_source, source_bytes
 from edge_spec.export.trim import head_ids
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
@@ -126,7 +126,7 @@ def ensure_export(
 
     def show_the_wait(_: str) -> None:
         if progress is not None:
-            progress(0, 1)
+            progress(0, source_bytes(source))
 
     try:
         with exclusive(path.parent / "lock", show_the_wait, source.name):

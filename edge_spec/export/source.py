@@ -23,6 +23,11 @@ def open_source(path: Path) -> GGUFFile:
     return GGUFFile(path)
 
 
+def source_bytes(path: Path) -> int:
+    """What the weights of a GGUF or of a checkpoint's folder take on disk."""
+    return open_checkpoint(path).weight_bytes if is_checkpoint(path) else path.stat().st_size
+
+
 def refusal_of(checkpoint: Path) -> UnsupportedArchitectureError | None:
     """Why our own graph builder would not take a checkpoint's folder; None where it does.
 
