@@ -18,23 +18,23 @@ def top_k(logits: Logits, k: int = TOP_K) -> TopK:
     ids, kept = np.empty((rows, k), np.int64), np.empty((rows, k), np.float32)
     log_sum = np.empty(rows, np.float32)
     for row, scores in enumerate(logits):
-        best = scores.max()
-        require_numbers(best)
+        log_sum[row] = _log_sum_exp(scores)
         places = largest(scores, k)
         ids[row] = places[np.argsort(-scores[places], kind="stable")]
         kept[row] = scores[ids[row]]
-        log_sum[row] = best + np.log(np.exp(scores - best).sum())
     return TopK(ids, kept, log_sum)
 
 
 def log_sum_exp(logits: Logits) -> Logits:
     """The logarithm of the sum of exp of each row, float32 [rows]. Raises BackendError as `top_k` does."""
-    sums = np.empty(len(logits), np.float32)
-    for row, scores in enumerate(logits):
-        best = scores.max()
-        require_numbers(best)
-        sums[row] = best + np.log(np.exp(scores - best).sum())
-    return sums
+    return np.array([_log_sum_exp(scores) for scores in logits], np.float32)
+
+
+def _log_sum_exp(scores: Logits) -> np.floating:
+    best = scores.max()
+    require_numbers(best)
+    total: np.floating = best + np.log(np.exp(scores - best).sum())
+    return total
 
 
 def join(left: TopK, right: TopK, k: int = TOP_K) -> TopK:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_spec.backends.top_k import log_sum_exp
 from edge_spec.decoding.session import Session
 from edge_spec.errors import UsageError
 from edge_spec.types import Hole
@@ -27,8 +28,6 @@ def surprisal(
     for first in range(0, len(ids), rows):
         part = np.array(ids[first : first + rows], np.int64)
         behind = [*context, *ids[: first + len(part) - 1]]
-        logits = session.decode(behind, rows=len(part), holes=holes).logits.astype(np.float64)
-        best = logits.max(axis=1)
-        log_sum = best + np.log(np.exp(logits - best[:, None]).sum(axis=1))
-        told[first : first + len(part)] = log_sum - logits[np.arange(len(part)), part]
+        logits = session.decode(behind, rows=len(part), holes=holes).logits
+        told[first : first + len(part)] = log_sum_exp(logits) - logits[np.arange(len(part)), part]
     return told

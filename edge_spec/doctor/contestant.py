@@ -1,26 +1,17 @@
-"""One model on one backend, in a process of its own: the process's side (`main`), and the doctor's.
-
-Requests come as JSON lines on standard input, and replies go out on what was standard output. Between two requests the
-process waits, so that its threads take nothing from the others'; it ends when its input does.
-"""
+"""One model on one backend, in a process of its own: the process's side (`main`), and the doctor's."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from time import perf_counter
-from typing import Any, TextIO
+from typing import Any
 
 from edge_spec.backends.base import CausalLM
-from edge_spec.errors import BackendError, EdgeSpecError
-
-_ROOT = Path(__file__).resolve().parents[2]
-_END_S = 30
+from edge_spec.errors import BackendError
+from edge_spec.worker_process import WorkerProcess, serve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,81 +42,40 @@ class Contestant:
 
     def __init__(self, job: Job) -> None:
         """Start it and wait until its model is loaded; BackendError says why it is not."""
-        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        self._job = job
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import main; main()", json.dumps(asdict(job))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": path},
-        )
+        code = f"from {__name__} import main; main()"
+        self._process = WorkerProcess(f"{job.model} on {job.backend}", ["-c", code, json.dumps(asdict(job))])
         try:
-            self.loaded = Loaded(**self._receive())
+            self.loaded = Loaded(**self._process.receive())
         except BaseException:
             self.close()
             raise
 
     def read(self, tokens: int) -> float:
         """Append that many tokens to the cache; seconds."""
-        return float(self._ask(do="read", tokens=tokens))
+        return float(self._process.ask(do="read", tokens=tokens))
 
     def time(self, rows: list[int], cached: int) -> dict[int, float]:
         """Seconds of one pass of each of `rows` behind the first `cached` tokens."""
-        return {int(n): float(seconds) for n, seconds in self._ask(do="time", rows=rows, cached=cached).items()}
+        return {int(n): float(seconds) for n, seconds in self._process.ask(do="time", rows=rows, cached=cached).items()}
 
     def memory(self) -> tuple[int, int]:
         """Bytes that the process holds now: anonymous ones, and pages of mapped files."""
-        anonymous, mapped = self._ask(do="memory")
+        anonymous, mapped = self._process.ask(do="memory")
         return int(anonymous), int(mapped)
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=_END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-
-    def _ask(self, **request: object) -> Any:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as exc:
-            raise self._ended() from exc
-        return self._receive()
-
-    def _receive(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._ended()
-        message = json.loads(line)
-        if "error" in message:
-            raise BackendError(message["error"])
-        return message["reply"]
-
-    def _ended(self) -> BackendError:
-        code = self._process.wait()
-        return BackendError(f"the process of {self._job.model} on {self._job.backend} ended with the code {code}")
+        self._process.close()
 
 
 def main() -> None:
-    """Load, say so, then do what is asked until the input ends."""
-    replies = _private_output()
-    try:
-        model, loaded = _load(Job(**json.loads(sys.argv[1])))
-        _send(replies, {"reply": asdict(loaded)})
-        for line in sys.stdin:
-            _send(replies, {"reply": _do(model, **json.loads(line))})
-    except EdgeSpecError as exc:
-        _send(replies, {"error": str(exc)})
+    """The process: load, say so, then do what is asked until the input ends."""
+    serve(_start)
+
+
+def _start() -> tuple[dict[str, Any], partial[Any]]:
+    model, loaded = _load(Job(**json.loads(sys.argv[1])))
+    return asdict(loaded), partial(_do, model)
 
 
 def _load(job: Job) -> tuple[_Model, Loaded]:
@@ -176,15 +126,3 @@ def _do(model: _Model, *, do: str, tokens: int = 0, rows: list[int] | None = Non
     assert do == "memory", do
     usage = process_memory().read()
     return usage.anonymous_bytes, usage.resident_bytes - usage.anonymous_bytes
-
-
-def _private_output() -> TextIO:
-    """The pipe to the doctor, out of reach of libraries that print: their output goes to standard error."""
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return replies
-
-
-def _send(replies: TextIO, message: dict[str, Any]) -> None:
-    replies.write(json.dumps(message) + "\n")
-    replies.flush()

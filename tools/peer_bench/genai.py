@@ -13,6 +13,7 @@ from typing import Any
 
 from peer_bench.answer import Answer, Settings
 from peer_bench.genai_model import write_genai_model
+from peer_bench.prompts import Reading
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -28,12 +29,9 @@ class Genai:
     def __init__(self, settings: Settings, mode: str) -> None:
         import onnxruntime_genai as genai
 
-        from edge_spec.chat_template import ChatTemplate
         from edge_spec.export.exporter import ensure_export
         from edge_spec.export.recipe import RECIPES
-        from edge_spec.formats.gguf import GGUFFile
         from edge_spec.store import Store
-        from edge_spec.tokenizer import Tokenizer
 
         store = Store()
         pair = store.pair(settings.pair)
@@ -41,9 +39,7 @@ class Genai:
         sources = [store.resolve(name) for name in names if name is not None]
         if len(sources) < len(names):
             raise ValueError(f"the pair {settings.pair} has no draft")
-        with GGUFFile(sources[0].path) as file:
-            self._tokenizer = Tokenizer.from_gguf(file)
-            self._template = ChatTemplate.from_gguf(file)
+        self._reading = Reading(sources[0].path, pair.system)
         exports = [
             ensure_export(source.path, source.sha256, RECIPES["int4"], store.exports_dir, threads=settings.threads)
             for source in sources
@@ -56,21 +52,18 @@ class Genai:
             exports[1] if len(exports) > 1 else None,
             n_ctx=settings.n_ctx,
             threads=settings.threads,
-            stop_ids=self._tokenizer.stop_ids,
+            stop_ids=self._reading.tokenizer.stop_ids,
         )
         self._genai = genai
         self._model = genai.Model(self._folder.name)
         self._options = MODES[mode]
-        self._system, self._n_ctx = pair.system, settings.n_ctx
+        self._n_ctx = settings.n_ctx
         self.about = f"onnxruntime-genai {genai.__version__}, {mode}, the export {exports[0].path.name}"
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """See `Contender`."""
-        messages = [{"role": "user", "content": prompt}]
-        if self._system:
-            messages.insert(0, {"role": "system", "content": self._system})
         started = time.perf_counter()
-        ids = self._template.render_ids(messages, self._tokenizer)
+        ids = self._reading.ids(prompt)
         params = self._genai.GeneratorParams(self._model)
         params.set_search_options(max_length=min(self._n_ctx, len(ids) + max_tokens), do_sample=False)
         if self._options:
@@ -88,7 +81,7 @@ class Genai:
         accepted = int(told.get("draft_tokens_accepted", 0))
         return Answer(
             token_ids=generated,
-            text=self._tokenizer.decode(generated),
+            text=self._reading.tokenizer.decode(generated),
             prompt_tokens=len(ids),
             ttft_s=first - started,
             decode_s=last - first,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from peer_bench.answer import Answer, Settings
+from peer_bench.prompts import Reading
 
 _BATCH = 512
 
@@ -22,18 +23,12 @@ class LlamaCppPlain:
     """The pair's target alone, from the same GGUF, reading the very ids that our engine reads."""
 
     def __init__(self, settings: Settings) -> None:
-        from edge_spec.chat_template import ChatTemplate
-        from edge_spec.formats.gguf import GGUFFile
         from edge_spec.store import Store
-        from edge_spec.tokenizer import Tokenizer
 
         store = Store()
         pair = store.pair(settings.pair)
         path = store.resolve(pair.target).path
-        with GGUFFile(path) as file:
-            self._tokenizer = Tokenizer.from_gguf(file)
-            self._template = ChatTemplate.from_gguf(file)
-        self._system = pair.system
+        self._reading = Reading(path, pair.system)
         self._library, self._model, self._context = _open(path, settings)  # until the process ends
         self._memory = self._library.llama_get_memory(self._context)
         self._n_vocab = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(self._model))
@@ -44,7 +39,7 @@ class LlamaCppPlain:
         """See `Contender`."""
         self._library.llama_memory_clear(self._memory, True)
         started = time.perf_counter()
-        ids = self._encode(prompt)
+        ids = self._reading.ids(prompt)
         if len(ids) + max_tokens > self._n_ctx:
             raise ValueError(f"a prompt of {len(ids)} tokens and {max_tokens} more do not fit n_ctx={self._n_ctx}")
         for start in range(0, len(ids), _BATCH):
@@ -52,26 +47,20 @@ class LlamaCppPlain:
         generated = [self._most_likely()]
         first = last = time.perf_counter()
         steps = 0
-        while len(generated) < max_tokens and generated[-1] not in self._tokenizer.stop_ids:
+        while len(generated) < max_tokens and generated[-1] not in self._reading.tokenizer.stop_ids:
             self._decode(generated[-1:])
             generated.append(self._most_likely())
             steps += 1
             last = time.perf_counter()
         return Answer(
             token_ids=generated,
-            text=self._tokenizer.decode(generated),
+            text=self._reading.tokenizer.decode(generated),
             prompt_tokens=len(ids),
             ttft_s=first - started,
             decode_s=last - first,
             wall_s=last - started,
             steps=steps,
         )
-
-    def _encode(self, prompt: str) -> list[int]:
-        messages = [{"role": "user", "content": prompt}]
-        if self._system:
-            messages.insert(0, {"role": "system", "content": self._system})
-        return self._template.render_ids(messages, self._tokenizer)
 
     def _decode(self, ids: list[int]) -> None:
         tokens = (ctypes.c_int32 * len(ids))(*ids)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_bench.answer import Answer, Settings
+from peer_bench.prompts import Reading
 
 _LOADS_WITHIN_S = 120.0
 _DRAFTED = 3
@@ -46,20 +47,14 @@ class LlamaCppServer:
     """The pair's target in one of `MODES`, reading the very ids that our engine reads."""
 
     def __init__(self, settings: Settings, mode: str) -> None:
-        from edge_spec.chat_template import ChatTemplate
-        from edge_spec.formats.gguf import GGUFFile
         from edge_spec.store import Store
-        from edge_spec.tokenizer import Tokenizer
 
         if settings.llama_server is None:
             raise ValueError("name llama.cpp's server program: --llama-server PROGRAM")
         chosen, store = MODES[mode], Store()
         pair = store.pair(settings.pair)
         published = store.resolve(pair.target).path
-        with GGUFFile(published) as file:
-            self._tokenizer = Tokenizer.from_gguf(file)
-            self._template = ChatTemplate.from_gguf(file)
-        self._system = pair.system
+        self._reading = Reading(published, pair.system)
         target = published if chosen.file_type is None else _requantized(published, chosen.file_type, store.cache_dir)
         options = ["-m", str(target), "-c", str(settings.n_ctx), *chosen.options]
         if chosen.draft:
@@ -71,10 +66,7 @@ class LlamaCppServer:
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """See `Contender`."""
-        messages = [{"role": "user", "content": prompt}]
-        if self._system:
-            messages.insert(0, {"role": "system", "content": self._system})
-        ids = self._template.render_ids(messages, self._tokenizer)
+        ids = self._reading.ids(prompt)
         asked = {
             "prompt": ids,
             "n_predict": max_tokens,

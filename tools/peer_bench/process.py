@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from edge_spec.errors import BackendError
+from edge_spec.worker_process import WorkerProcess
 from peer_bench.answer import Answer, Settings
 from peer_bench.memory import Memory, read_memory
 
@@ -34,17 +32,12 @@ class ContenderProcess:
         """
         self.name = name
         self.peak_loading = self.peak_answering = Memory()
-        path = os.pathsep.join(filter(None, [str(_TOOLS), str(_TOOLS.parent), os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", worker, name, json.dumps(asdict(settings))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": path},
-        )
+        arguments = ["-m", worker, name, json.dumps(asdict(settings))]
+        self._process = WorkerProcess(name, arguments, folders=[_TOOLS])
         with self._sampled() as peaks:
             try:
-                greeting = self._receive()
+                with self._named():
+                    greeting = self._process.receive()
             except BaseException:
                 self.close()
                 raise
@@ -54,39 +47,21 @@ class ContenderProcess:
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """The contender's answer; ContenderError if it failed or died."""
-        assert self._process.stdin is not None
-        with self._sampled() as peaks:
-            try:
-                self._process.stdin.write(json.dumps({"prompt": prompt, "max_tokens": max_tokens}) + "\n")
-                self._process.stdin.flush()
-            except BrokenPipeError as exc:
-                raise ContenderError(f"{self.name} has ended") from exc
-            reply = self._receive()
+        with self._sampled() as peaks, self._named():
+            reply = self._process.ask(prompt=prompt, max_tokens=max_tokens)
         self.peak_answering = self.peak_answering.maximum(peaks[0])
         return Answer(**reply)
 
     def close(self) -> None:
-        """End the process: its input ends, it ends."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(BrokenPipeError):  # a request that a dead process never read
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+        """End the process."""
+        self._process.close()
 
-    def _receive(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ContenderError(f"{self.name} ended without an answer (exit code {self._process.wait()})")
-        message: dict[str, Any] = json.loads(line)
-        if "error" in message:
-            raise ContenderError(f"{self.name}: {message['error']}")
-        return message
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BackendError as exc:
+            raise ContenderError(f"{self.name}: {exc}") from exc
 
     @contextmanager
     def _sampled(self) -> Iterator[list[Memory]]:

@@ -8,6 +8,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_spec.chat_template import ChatTemplate
+from edge_spec.formats.gguf import GGUFFile
+from edge_spec.tokenizer import Tokenizer
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -41,3 +45,20 @@ def read_workload(path: Path, tasks: Collection[str], limit: int | None) -> list
     if missing or not prompts:
         raise ValueError(f"{path} has no prompts of the task {', '.join(missing) or 'asked for'}")
     return prompts
+
+
+class Reading:
+    """What every contender reads for a prompt: the ids that our engine would read, by the GGUF's own tokenizer."""
+
+    def __init__(self, model: Path, system: str | None) -> None:
+        with GGUFFile(model) as file:
+            self.tokenizer = Tokenizer.from_gguf(file)
+            self._template = ChatTemplate.from_gguf(file)
+        self._system = system
+
+    def ids(self, prompt: str) -> list[int]:
+        """A user's message, after the pair's system message, in the model's chat template."""
+        messages = [{"role": "user", "content": prompt}]
+        if self._system:
+            messages.insert(0, {"role": "system", "content": self._system})
+        return self._template.render_ids(messages, self.tokenizer)
