@@ -1,4 +1,4 @@
-"""What an engine is put together from, once its models are loaded: drafters, and what is kept between runs."""
+"""What an engine is put together from, once its models are loaded: drafters, what is kept, and what is told of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from edge_spec.drafting import (
     Planner,
     ReferenceDrafter,
 )
-from edge_spec.loading import engine_key, machine_key
+from edge_spec.fitting import FittedRequest
+from edge_spec.generation import EngineInfo
+from edge_spec.loading import KV_TYPES, engine_key, machine_key
 from edge_spec.opening import MAX_DRAFT_TOKENS, LoadRequest, OpenedModels
 from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer
@@ -123,3 +125,34 @@ class KeptCosts:
         """Keep these costs, if anything is known."""
         if known := costs.to_json():
             self._cache.put(self._key, known)
+
+
+def describe(fitted: FittedRequest, models: OpenedModels, drafter: str, load_s: float) -> EngineInfo:
+    """What was loaded, with what the user should know before the first text; `load_s`: seconds that it took."""
+    request, target, draft = fitted.request, models.target, models.draft
+    source, notes = request.source, [*request.notes, *fitted.notes]
+    if source.template.source == "chatml":
+        notes.append(f"{source.name} carries no chat template: ChatML stands in")
+    if drafter != "none" and target.model.spec.row_alignment is None:
+        reason = "no padding makes passes agree here" if request.aligns else "rows are not padded here"
+        notes.append(f"{reason}: in a near tie, greedy text may differ from plain decoding's")
+    usual = KV_TYPES[target.backend][0]
+    if target.model.spec.kv_type != usual:
+        notes.append(f"keys and values are stored as {target.model.spec.kv_type}: texts may differ from {usual}'s")
+    return EngineInfo(
+        target=source.name,
+        draft=request.draft_source.name if request.draft_source else None,
+        backend=target.backend,
+        recipe=target.recipe,
+        threads=request.threads,
+        n_ctx=request.n_ctx,
+        load_s=load_s,
+        notes=[*notes, *target.notes, *(draft.notes if draft else ())],
+        chat_sampling=request.chat_sampling,
+        chat_system=request.chat_system,
+        draft_backend=draft.backend if draft else None,
+        budget_bytes=fitted.budget.held.n_bytes,
+        planned_bytes=fitted.plan.required_bytes if fitted.plan else None,
+        given_up=fitted.plan.given_up if fitted.plan else (),
+        kv=target.model.spec.kv_type,
+    )

@@ -14,7 +14,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.assembly import KeptCosts, References, make_drafters, past_answers
+from edge_spec.assembly import KeptCosts, References, describe, make_drafters, past_answers
 from edge_spec.chat_template import ChatTemplate
 from edge_spec.context import Surprisal, draft_score, report
 from edge_spec.conversation import Chat
@@ -24,10 +24,10 @@ from edge_spec.decoding.scoring import surprisal
 from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter, PastAnswers
 from edge_spec.errors import UsageError
-from edge_spec.fitting import FittedRequest, fit
+from edge_spec.fitting import fit
 from edge_spec.generation import EngineInfo, GenerationOptions, Stream, make_result
 from edge_spec.ladder import Ladder, make_governor, make_ladder
-from edge_spec.loading import KV_TYPES, Source, StageProgress
+from edge_spec.loading import Source, StageProgress
 from edge_spec.memory.budget import granted
 from edge_spec.memory.governor import Governor
 from edge_spec.memory.pressure import OwnMemory
@@ -36,7 +36,6 @@ from edge_spec.opening import (
     NEED_MODEL,
     NO_HISTORY,
     LoadOptions,
-    OpenedModels,
     check_choice,
     open_models,
     resolve,
@@ -173,7 +172,7 @@ class Engine:
         session = Session(models.target.model, chunk=request.batch)
         ladder = make_ladder(session, drafters)
         return cls(
-            _describe(fitted, models, drafter, perf_counter() - started),
+            describe(fitted, models, drafter, perf_counter() - started),
             request.source,
             session,
             drafters,
@@ -429,34 +428,3 @@ class Engine:
         if name in NEED_MODEL and name not in self._drafters:
             raise UsageError("no draft model was loaded: load the engine with a draft, or use 'lookup'")
         return self._drafters[name]
-
-
-def _describe(fitted: FittedRequest, models: OpenedModels, drafter: str, load_s: float) -> EngineInfo:
-    """What was loaded, with what the user should know before the first text."""
-    request, target, draft = fitted.request, models.target, models.draft
-    source, notes = request.source, [*request.notes, *fitted.notes]
-    if source.template.source == "chatml":
-        notes.append(f"{source.name} carries no chat template: ChatML stands in")
-    if drafter != "none" and target.model.spec.row_alignment is None:
-        reason = "no padding makes passes agree here" if request.aligns else "rows are not padded here"
-        notes.append(f"{reason}: in a near tie, greedy text may differ from plain decoding's")
-    usual = KV_TYPES[target.backend][0]
-    if target.model.spec.kv_type != usual:
-        notes.append(f"keys and values are stored as {target.model.spec.kv_type}: texts may differ from {usual}'s")
-    return EngineInfo(
-        target=source.name,
-        draft=request.draft_source.name if request.draft_source else None,
-        backend=target.backend,
-        recipe=target.recipe,
-        threads=request.threads,
-        n_ctx=request.n_ctx,
-        load_s=load_s,
-        notes=[*notes, *target.notes, *(draft.notes if draft else ())],
-        chat_sampling=request.chat_sampling,
-        chat_system=request.chat_system,
-        draft_backend=draft.backend if draft else None,
-        budget_bytes=fitted.budget.held.n_bytes,
-        planned_bytes=fitted.plan.required_bytes if fitted.plan else None,
-        given_up=fitted.plan.given_up if fitted.plan else (),
-        kv=target.model.spec.kv_type,
-    )

@@ -54,7 +54,7 @@ RECIPES = {
         Recipe("draft", bits=4, block=128, zero_points=True, head_rows=32768),
         # Closer to its source, but the model has to read a text first: over a minute, where int4 takes half of one.
         Recipe("int4-accurate", bits=4, block=128, zero_points=True, corrected=True),
-        # Fewer scales to read and to apply: quicker passes, about as close to the source as int4.
+        # Fewer scales to read and to apply: quicker passes, at a worse perplexity than int4's.
         Recipe("int4-fast", bits=4, block=256, zero_points=True, corrected=True),
         # Round to nearest and no more: what other recipes' passes and quality are measured against.
         Recipe("int4-plain", bits=4, block=128),
