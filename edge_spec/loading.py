@@ -101,7 +101,8 @@ def running_backends(source: Source) -> tuple[str, ...]:
     """The backends that run a model as its file is."""
     if isinstance(source.export, GraphExport):
         return ("onnx",)
-    return tuple(name for name in BACKENDS if source.export is None or name != "llama")
+    is_gguf = source.export is None and source.gguf.is_file()
+    return tuple(name for name in BACKENDS if is_gguf or name != "llama")
 
 
 def open_any_export(path: Path) -> Export | GraphExport:

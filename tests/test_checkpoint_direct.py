@@ -20,7 +20,11 @@ from edge_spec.export.reading import read_config
 from edge_spec.export.source import open_source, refusal_of
 from edge_spec.export.traits import SUPPORTED
 from edge_spec.formats.gguf import GGUFFile
+from edge_spec.loading import find_source, running_backends
+from edge_spec.memory.estimate import estimate
+from edge_spec.memory.levers import find_levers
 from edge_spec.memory.locate import find_facts
+from edge_spec.memory.parts import Settings
 from edge_spec.store import Store
 from tests.checkpoint_of_gguf import MODEL_TYPES, write_checkpoint_of
 from tests.tiny_checkpoint import tokenizer_json, write_safetensors
@@ -283,6 +287,15 @@ def test_the_engine_exports_a_checkpoint_at_its_first_use_and_drafts_with_one(
     theirs = find_facts(Store(), str(gguf))
     assert (ours.origin, ours.config, ours.layers, ours.refusal) == ("checkpoint", theirs.config, theirs.layers, None)
     assert ours.tensor_bytes == theirs.tensor_bytes
+
+
+def test_a_checkpoint_is_never_offered_what_runs_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_SPEC_HOME", str(tmp_path / "home"))
+    gguf, checkpoint = pair(tmp_path, "qwen2")
+    assert "llama" in running_backends(find_source(Store(), gguf))
+    assert "llama" not in running_backends(find_source(Store(), checkpoint))
+    counted = estimate(find_facts(Store(), str(checkpoint)), None, Settings(n_ctx=1024))
+    assert not [lever for lever in find_levers(counted) if "llama" in lever.option]
 
 
 def test_what_only_optimum_can_export_is_told_by_a_reason(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def _choose(
     from edge_spec.memory.locate import find_facts
 
     profile, asked = BackendProfile(store.cache_dir), find_recipe(recipe) if recipe else None
-    running = BACKENDS if target.recipe is None else tuple(name for name in BACKENDS if name != "llama")
+    running = tuple(name for name in BACKENDS if name != "llama" or target.runs_on_llama)
 
     def times(name: str, facts: ModelFacts, recipe: Recipe | None) -> dict[str, BackendTimes]:
         sha256 = facts.sha256 or (store.resolve(name).sha256 if store.is_path(name) else None)

@@ -88,6 +88,11 @@ class ModelFacts:
     """Hash of the source where it is known; measured figures are kept by it."""
 
     @property
+    def runs_on_llama(self) -> bool:
+        """Whether llama.cpp may run it as it is: a GGUF, or one that could be made where there is only a config."""
+        return self.origin in (Origin.GGUF, Origin.CONFIG)
+
+    @property
     def n_layer(self) -> int:
         """Number of layers."""
         return len(self.layers)

@@ -56,7 +56,7 @@ def _changes(counted: Estimate) -> Iterator[tuple[str, str, Estimate]]:
     if settings.history:
         yield "no past answers", "without --history", counted.at(history=False)
     for backend in BACKENDS:
-        if backend == settings.backend:
+        if backend == settings.backend or (backend == "llama" and not target.runs_on_llama):
             continue
         try:
             other = replace(settings, backend=backend, draft_backend=None, kv=None, recipe=None)
