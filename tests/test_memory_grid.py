@@ -16,7 +16,7 @@ from memory_bench.cell import Cell, full_grid
 from memory_bench.foretell import MIB, Compared, Foretold, foretell
 from memory_bench.heard import sum_lines
 from memory_bench.limits import SHARES, Outcome, run_limited
-from memory_bench.measure import Measured
+from memory_bench.measure import Measured, measure
 from memory_bench.proc import Memory, read_memory, reset_peak, resident_by_kind
 from memory_bench.random_models import MODELS
 from memory_bench.report import as_text, figures
@@ -164,6 +164,16 @@ class TestCommand:
     def test_an_unknown_backend_is_bad_usage(self) -> None:
         with pytest.raises(SystemExit, match="2"):
             memory_grid.main(["--backends", "cuda"])
+
+
+@pytest.mark.real
+@linux_only
+@pytest.mark.parametrize("backend", ["llama", "onnx"])
+def test_what_loading_leaves_behind_is_foretold(backend: str, smollm2_path: Path) -> None:
+    cell = Cell(model="smollm2-135m", backend=backend, n_ctx=1024)  # llama.cpp's cache takes 22 MiB of it
+    compared = Compared(cell, foretell(cell, Store(), path_of={}), measure(cell))
+    assert compared.measured.finished, compared.measured.error
+    assert abs(compared.load_error_bytes) <= 8 * MIB
 
 
 @pytest.mark.real

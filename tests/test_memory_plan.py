@@ -156,7 +156,7 @@ def test_a_drafter_that_needs_a_model_gets_the_smallest_before_nothing(wanted: E
 def test_what_the_process_holds_for_others_counts(wanted: Estimate) -> None:
     assert foreign_bytes(wanted, 0) == 0
     others = 100 * MIB
-    own = sum(part.committed_bytes for part in wanted.components if part.owner == "process" and not part.grows)
+    own = sum(part.committed_bytes for part in wanted.components if part.owner == "process" and not part.filled_later)
     exact = budget_of(required_bytes(wanted))
     assert not make_plan(wanted, exact, Freedom(), held_bytes=own + OWN_NOISE_BYTES).given_up
     assert make_plan(wanted, exact, Freedom(), held_bytes=own + OWN_NOISE_BYTES + 1).given_up
