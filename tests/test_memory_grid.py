@@ -27,6 +27,7 @@ from tests.tiny_models import write_tiny_gguf
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
+PAIR_ON_LLAMA = "qwen2.5-coder-1.5b llama 1024 draft=qwen2.5-coder-0.5b"
 LOG = [
     "load_tensors:   CPU_Mapped model buffer size =   462.96 MiB\n",
     "load_tensors:   CPU_REPACK model buffer size =    28.05 MiB\n",
@@ -157,6 +158,14 @@ class TestCommand:
         names = capsys.readouterr().err.splitlines()
         assert "smollm2-135m llama 256" in names
         assert all("llama" in name and ("256" in name or "rows=64" in name) for name in names)
+
+    def test_limits_are_for_chosen_cells_unless_others_are_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        def listed(*arguments: str) -> list[str]:
+            memory_grid.main(["--list", "--limits", "--backends", "llama", *arguments])
+            return capsys.readouterr().err.splitlines()
+
+        assert listed() == [f"smollm2-135m llama {n_ctx}" for n_ctx in (256, 2048, 4096)] + [PAIR_ON_LLAMA]
+        assert len(listed("--only", "smollm2-135m llama 2048")) > 1
 
     def test_no_such_cell_is_bad_usage(self) -> None:
         assert memory_grid.main(["--only", "no such model"]) == 2

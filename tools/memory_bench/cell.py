@@ -97,6 +97,20 @@ def _of_the_pair(backends: tuple[str, ...], n_ctx: int) -> Iterator[Cell]:
             yield Cell(model=TARGET, backend=backend, n_ctx=n_ctx)
 
 
+def limited_grid(backends: tuple[str, ...]) -> list[Cell]:
+    """What is run under limits unless cells are named: the small model and the pair, on what of these `backends` the
+    limits are for."""
+    cells = [Cell(model=SMALL, backend=backend, n_ctx=n_ctx) for n_ctx in (256, 2048, 4096) for backend in LIMITED]
+    cells += [Cell(model=TARGET, backend=backend, n_ctx=n_ctx, draft=DRAFT) for backend, n_ctx in LIMITED_PAIR]
+    return [cell for cell in cells if cell.backend in backends]
+
+
+LIMITED = ("onnx", "llama")
+"""Backends whose runs are run under limits."""
+LIMITED_PAIR = (("onnx", 1024), ("llama", 1024), ("onnx", 2048))
+"""Backends and windows that the pair is run under limits with."""
+
+
 def _of_the_small_model(backend: str) -> Iterator[Cell]:
     for n_ctx in (256, 1024, 2048, 4096):
         yield Cell(model=SMALL, backend=backend, n_ctx=n_ctx)
