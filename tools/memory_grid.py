@@ -150,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
         help="cells whose name has one of these texts in it; given twice, one of each",
     )
     parser.add_argument("--limit", type=int, help="at most so many cells")
-    parser.add_argument("--limits", action="store_true", help="run cells under limits instead; a chosen few unless --only names them")
+    parser.add_argument(
+        "--limits", action="store_true", help="run cells under limits instead; a chosen few unless --only names them"
+    )
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep measurements there, and use those that are")
     parser.add_argument("--kept", action="store_true", help="only compare what is kept: measure nothing")
     parser.add_argument(

@@ -67,7 +67,8 @@ class Cell:
 
 
 def full_grid(backends: tuple[str, ...], random_models: Mapping[str, tuple[str, ...]]) -> Iterator[Cell]:
-    """Model × backend × context × batch and rows × cache type × draft, the quick ones first, the long windows of the pair last.
+    """Model × backend × context × batch and rows × cache type × draft, the quick ones first, the pair's long
+    windows last.
 
     `random_models`: names, each with the backends that run it.
     """
