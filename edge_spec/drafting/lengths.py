@@ -6,7 +6,7 @@ from collections import deque
 from math import inf
 
 _KEPT = 16
-_PRIOR_WEIGHT = 2.0
+_PRIOR_WEIGHT = 1.0
 """In answers. Before any is known: an answer of n tokens has as much again before it with a chance of one half, and x
 more with n / (n + x), whatever n is."""
 _SURE = 0.72
