@@ -10,7 +10,7 @@ import pytest
 from edge_spec.decoding.decoder import SpeculativeDecoder
 from edge_spec.decoding.drafter import Drafter
 from edge_spec.decoding.session import Session
-from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
+from edge_spec.drafting import Costs, Growth, LookupDrafter, ModelDrafter, Planner, fit_growth
 from edge_spec.drafting.acceptance import Acceptance
 from edge_spec.drafting.lengths import AnswerLengths
 from edge_spec.drafting.purse import Purse
@@ -84,6 +84,54 @@ def test_costs_survive_a_restart_and_nonsense_does_not() -> None:
         fresh = Costs(max_rows=4, alignment=2)
         fresh.restore(nonsense)
         assert fresh.target_s(2) == Costs(max_rows=4, alignment=2).target_s(2)
+
+
+def test_a_longer_context_makes_passes_dearer_by_as_much_for_each_token() -> None:
+    costs = Costs(max_rows=8, growth=Growth(0.0004, 0.0001), draft_growth=Growth(0.001))
+    costs.observe_target(1, 0.030)
+    costs.observe_target(4, 0.060)
+    costs.observe_draft(1, 0.010)
+    costs.move(1000)
+    assert costs.target_s(1) == pytest.approx(0.030 * 1.5)
+    assert costs.target_s(4) == pytest.approx(0.060 + 0.030 * 0.8)
+    assert costs.draft_s == pytest.approx(0.020)
+
+
+def test_what_is_seen_behind_a_long_context_tells_of_short_ones() -> None:
+    costs = Costs(max_rows=8, growth=Growth(0.0005), draft_growth=Growth(0.001))
+    costs.move(1000)
+    costs.observe_target(1, 0.045)
+    costs.observe_draft(1, 0.020)
+    costs.move(0)
+    assert (costs.target_s(1), costs.draft_s) == pytest.approx((0.030, 0.010))
+    costs.move(1000)
+    for _ in range(60):
+        costs.observe_target(1, 0.090)  # another program runs
+    costs.move(0)
+    assert costs.target_s(1) == pytest.approx(0.060, rel=0.05)
+
+
+def test_a_measured_growth_survives_a_restart_and_nonsense_does_not() -> None:
+    kept = {"target": {"1": 0.03}, "draft_s": 0.01, "growth": [0.001, 0.0], "draft_growth": [0.002, 0.0]}
+    costs = Costs(max_rows=4)
+    costs.restore(kept)
+    again = Costs(max_rows=4)
+    again.restore(costs.to_json())
+    again.move(500)
+    assert (again.target_s(1), again.draft_s) == pytest.approx((0.045, 0.020))
+    for nonsense in (None, 3, [1], [0.1, -1.0], ["a", 0.1], [2.0, 0.0]):
+        costs = Costs(max_rows=4)
+        costs.restore(kept | {"growth": nonsense})
+        costs.move(500)
+        assert costs.target_s(1) == pytest.approx(0.03)
+
+
+def test_noise_makes_no_pass_cheaper_behind_more() -> None:
+    growth, bases = fit_growth({1: 0.03, 2: 0.04, 4: 0.06}, {1: 0.029, 2: 0.042, 4: 0.055}, (256, 768))
+    assert min(growth.fixed, growth.per_row) >= 0
+    assert bases.keys() == {1, 2, 4}
+    growth, bases = fit_growth({1: 0.03, 2: 0.04}, {1: 3.0, 2: 4.0}, (256, 768))
+    assert min(bases.values()) > 0.01
 
 
 # ---- acceptance

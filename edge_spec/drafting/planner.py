@@ -142,6 +142,7 @@ class Planner(Drafter):
         self._guessed_at = len(context)
         self._room = min(max_tokens, self._max_draft)
         self._passes = 0
+        book.costs.move(len(context))
         model, reading_s = self._model_to_ask(context)
         model_pays = book.set_rate(self._room if model else 0, reading_s)
         worth, copied = max(map(self._best_beginning, self._guesses), key=lambda valued: valued[0])
