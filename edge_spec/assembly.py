@@ -12,6 +12,7 @@ from edge_spec.decoding.session import Session
 from edge_spec.drafting import (
     CascadeDrafter,
     Costs,
+    Growth,
     HistoryDrafter,
     LookupDrafter,
     ModelDrafter,
@@ -60,8 +61,14 @@ def make_drafters(
 
 def _make_planner(target: ModelSpec, model: ModelDrafter | None, past: PastAnswers | None, max_draft: int) -> Planner:
     def costs() -> Costs:
-        share = model.session.spec.weight_bytes / target.weight_bytes if model else 0.0
-        return Costs(max_rows=target.max_rows, alignment=target.row_alignment or 1, draft_share=share)
+        draft = model.session.spec if model else None
+        return Costs(
+            max_rows=target.max_rows,
+            alignment=target.row_alignment or 1,
+            draft_share=draft.weight_bytes / target.weight_bytes if draft else 0.0,
+            growth=Growth.guess(target.kv_bytes_per_token, target.weight_bytes),
+            draft_growth=Growth.guess(draft.kv_bytes_per_token, draft.weight_bytes) if draft else None,
+        )
 
     more: list[Drafter] = [ReferenceDrafter(max_draft=MAX_DRAFT_TOKENS, bold=True)]
     if past is not None:

@@ -13,6 +13,7 @@ from edge_spec.memory.kv import SUPPORTED_KV
 from edge_spec.memory.plan import Freedom, Plan, make_plan
 from edge_spec.memory.process import process_memory
 from edge_spec.opening import NEED_MODEL, LoadOptions, LoadRequest
+from edge_spec.sizes import format_size
 
 SMALLER_KV = ("q8_0",)
 """What keys and values may be stored as on llama.cpp where memory is short."""
@@ -61,8 +62,14 @@ def fit(request: LoadRequest, options: LoadOptions) -> FittedRequest:
         kv=settings.kv if settings.kv in freedom.kv else request.kv,
         draft_source=_drafting(plan, request, smaller),
     )
-    notes = (f"memory: within {budget.held} there is {_listed(plan.given_up)}",) if plan.given_up else ()
-    return FittedRequest(fitted, budget, plan, notes)
+    notes = [f"memory: within {budget.held} there is {_listed(plan.given_up)}"] if plan.given_up else []
+    room = find_budget(usage=usage).held
+    if (read_bytes := plan.estimate.working_set_bytes) > room.n_bytes:
+        notes.append(
+            f"memory: every token reads {format_size(read_bytes)}, and {room} stay in memory: the rest comes from the "
+            f"disk each time"
+        )
+    return FittedRequest(fitted, budget, plan, tuple(notes))
 
 
 def _drafting(plan: Plan, request: LoadRequest, smaller: Mapping[ModelFacts, Source]) -> Source | None:

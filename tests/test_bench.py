@@ -10,9 +10,21 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from edge_spec.benchmark import Pair, Prompt, Run, choose, compare, read_workload, sample_workload, summarise
+from edge_spec.benchmark import (
+    Pair,
+    Prompt,
+    Run,
+    choose,
+    compare,
+    median_interval,
+    read_workload,
+    sample_workload,
+    summarise,
+    worst_prompts,
+)
 from edge_spec.errors import ContextLengthError, UsageError
 from edge_spec.types import DrafterStats
 from tests.fake_engine import Answer, FakeEngine, FakeInfo, run
@@ -169,6 +181,61 @@ def test_nothing_measured_is_no_figure() -> None:
     assert report.tasks["t"].ratio is report.tasks["t"].ttft_ratio is None
 
 
+# ---- the worst prompts, repeated
+
+
+def a_pair(name: str, ratio: float | None) -> Pair:
+    speculative = a_run(0, 0.0) if ratio is None else a_run(100, 10 / ratio)
+    return Pair(Prompt(name, "t", (name,)), a_run(100, 10), speculative)
+
+
+def test_the_worst_are_those_of_the_smallest_ratios() -> None:
+    pairs = [a_pair("slow", 0.8), a_pair("fast", 2), a_pair("short", None), a_pair("even", 1), a_pair("slowest", 0.5)]
+    assert [prompt.id for prompt in worst_prompts(pairs, 3)] == ["slowest", "slow", "even"]
+    assert [prompt.id for prompt in worst_prompts(pairs, 9)] == ["slowest", "slow", "even", "fast"]
+
+
+@pytest.mark.parametrize(
+    ("n", "interval", "coverage"),
+    [
+        # Of tables of the sign test: from the k-th smallest to the k-th largest value.
+        (1, (1, 1), 0.0),
+        (5, (1, 5), 0.9375),
+        (6, (1, 6), 0.96875),
+        (10, (2, 9), 0.978516),
+        (20, (6, 15), 0.958611),
+        (50, (18, 33), 0.967161),
+    ],
+)
+def test_an_interval_of_the_median_is_that_of_the_sign_test(n: int, interval: tuple[int, int], coverage: float) -> None:
+    values = [float(value) for value in range(n, 0, -1)]
+    found, chance = median_interval(values)
+    assert found == interval
+    assert chance == pytest.approx(coverage, abs=1e-6)
+
+
+def test_an_interval_holds_the_median_as_often_as_it_says() -> None:
+    """Of a skewed distribution; a right interval fails here once in ten thousand tries."""
+    rng = np.random.default_rng(5)
+    held, tries = 0, 4000
+    for _ in range(tries):
+        (low, high), coverage = median_interval(rng.exponential(size=10).tolist())
+        held += low <= np.log(2) <= high
+    assert abs(held / tries - coverage) < 3.9 * (coverage * (1 - coverage) / tries) ** 0.5
+
+
+def test_repeats_are_told_by_prompt_and_together() -> None:
+    repeated = [a_pair(name, ratio) for ratio in (0.9, 1.1, 1.0) for name in ("a", "b")]
+    report = summarise([a_pair("a", 0.5), a_pair("b", 0.6)], [], [*repeated, a_pair("c", None)])
+    assert report.repeats is not None
+    assert list(report.repeats.prompts) == ["a", "b"]
+    assert report.repeats.prompts["a"].median_ratio == pytest.approx(1.0)
+    assert report.repeats.prompts["a"].interval == pytest.approx((0.9, 1.1))
+    assert report.repeats.overall.pairs == 6
+    assert report.worst_ratio == pytest.approx(0.5)
+    assert summarise([a_pair("a", 1)], [], [a_pair("c", None)]).repeats is None
+
+
 # ---- the command
 
 
@@ -239,6 +306,45 @@ def test_json_is_one_object_with_the_figures(engine: FakeEngine, prompts: str) -
     }
 
 
+def test_the_worst_prompts_are_repeated_round_by_round(monkeypatch: pytest.MonkeyPatch, prompts: str) -> None:
+    # Plain and drafted: 2 x, then drafted and plain: 4 x; then q-1, the worst, plain first, drafted first, plain first.
+    answers = speeds(2, 1, 0.5, 2, 2, 2, 2.5, 2, 2, 1.6)
+    scripted = FakeEngine("w", "w", *answers).install(monkeypatch)
+    transcript = run("bench", "--workload", prompts, "--worst", "1", "--pairs", "3")
+    assert transcript.code == 0
+    assert [line.rstrip() for line in transcript.out.splitlines()[-3:]] == [
+        "worst prompts, repeated  pairs  median ratio  interval of the median",
+        "q-1                          3         1.000  0.800 to 1.250 (75.0%)",
+        "all of them                  3         1.000  0.800 to 1.250 (75.0%)",
+    ]
+    assert "worst, 3/3 q-1: 5.0 -> 6.2 tokens/s, 1.25 x" in transcript.err
+    kinds = [entry.split(":")[0] for entry in scripted.log if ":" in entry]
+    assert kinds[2 + 4 :] == ["none", "auto", "auto", "none", "none", "auto"]
+
+
+def test_json_has_the_repeats(monkeypatch: pytest.MonkeyPatch, prompts: str) -> None:
+    FakeEngine("w", "w", *speeds(2, 1, 0.5, 2), *speeds(*[1] * 40)).install(monkeypatch)
+    figures = json.loads(run("bench", "--workload", prompts, "--worst", "2", "--json").out)
+    assert list(figures["repeats"]["prompts"]) == ["q-1", "e-1"]
+    assert figures["repeats"]["overall"] == {
+        "pairs": 20,
+        "median_ratio": pytest.approx(1.0),
+        "interval": pytest.approx([1.0, 1.0]),
+        "coverage": pytest.approx(0.9586, abs=1e-4),
+    }
+    assert figures["worst_ratio"] == 2.0, "of the run itself"
+
+
+def test_ctrl_c_among_the_repeats_keeps_those_before(monkeypatch: pytest.MonkeyPatch, prompts: str) -> None:
+    interrupted = Answer([lambda: signal.raise_signal(signal.SIGINT)])
+    FakeEngine("w", "w", *speeds(2, 1, 0.5, 2, 1, 1), interrupted).install(monkeypatch)
+    transcript = run("bench", "--workload", prompts, "--worst", "2", "--json")
+    assert transcript.code == 130
+    figures = json.loads(transcript.out)
+    assert {name: ratio["pairs"] for name, ratio in figures["repeats"]["prompts"].items()} == {"q-1": 1}
+    assert figures["notes"] == ["stopped after 1 of 20 pairs of the worst prompts"]
+
+
 def test_tasks_and_the_samples_are_chosen_by_options(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = FakeEngine("w", "w", *speeds(1, 1)).install(monkeypatch)
     assert run("bench", "--tasks", "qa", "--limit", "1", "-n", "32", "--drafter", "lookup").code == 0
@@ -269,6 +375,7 @@ def test_prompts_that_do_not_fit_are_noted(monkeypatch: pytest.MonkeyPatch, prom
     ("args", "says"),
     [
         (["--drafter", "none"], "is what the others are compared with"),
+        (["--pairs", "3"], "it needs --worst"),
         (["--tasks", "cooking"], "choose among code, edit"),
         (["--tasks", "code,"], "names with commas"),
         (["--workload", "nowhere.jsonl"], "cannot be read"),

@@ -38,7 +38,7 @@ def test_json_has_the_totals_and_their_parts(run: Run, model: str) -> None:
 
     told = json.loads(out)
     assert code == 0
-    assert told["fits"] is True
+    assert (told["fits"], told["working_set_fits"]) == (True, True)
     assert (told["budget_bytes"], told["n_ctx"], told["largest_n_ctx"]) == (2 << 30, 1024, 8192)
     assert told["committed_bytes"] == sum(part["committed_bytes"] for part in told["components"])
     assert told["working_set_bytes"] == sum(part["working_set_bytes"] for part in told["components"])
@@ -60,6 +60,28 @@ def test_what_does_not_fit_exits_with_3_and_says_what_would(run: Run, model: str
     assert code == 3
     assert "does not fit" in out
     assert "enough would be" in out
+
+
+LLAMA_70B = {
+    "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+    "num_hidden_layers": 80, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_mapped_weights_that_no_memory_is_left_for_are_said_to_come_from_the_disk(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA_70B))
+
+    code, out, _ = run(str(config), "--backend", "llama", "--ram", "laptop-16gb", "--json")
+
+    told = json.loads(out)
+    assert (code, told["fits"], told["working_set_fits"]) == (0, True, False)
+    assert "from the disk each time" in told["verdict"]
+    assert "were all of it in memory" in told["tokens_per_s_source"]
+    code, out, _ = run(str(config), "--backend", "onnx", "--ram", "laptop-16gb")
+    assert (code, "--backend llama)" in out) == (3, True)
+    assert "no single change is enough" in out  # it would only read the weights again for each token
 
 
 def test_a_budget_that_nothing_fits_names_no_context(run: Run, model: str) -> None:

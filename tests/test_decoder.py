@@ -96,7 +96,8 @@ class UnsureDrafter(ModelDrafter):
 def planner(model: ModelDrafter | None, *more: Drafter) -> Planner:
     """A planner for a target of whose passes nothing is known."""
     lookup = LookupDrafter(min_match=1, max_draft=7, bold=True)
-    return Planner(Costs(max_rows=8), lookup, model, more=more, fixed=Costs(max_rows=8))
+    costs, fixed = (Costs(max_rows=8, draft_share=0.01) for _ in range(2))  # the model is worth a try at once
+    return Planner(costs, lookup, model, more=more, fixed=fixed)
 
 
 class References(ReferenceDrafter):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from edge_spec.cores import RecommendedThreads, usable_processors
-from edge_spec.doctor.examination import _best
-from edge_spec.doctor.passes import fill, time_passes
+from edge_spec.doctor.examination import LONG, SHORT, ModelTimes, _best, costs_from
+from edge_spec.doctor.passes import PassTime, fill, time_passes
 from edge_spec.drafting import Costs
 from edge_spec.store import Store
 from tests.fake_engine import run
+from tests.fakes import FakeLM
 from tests.test_planner import Clock, TimedLM
 
 
@@ -66,6 +71,33 @@ def test_the_best_fixed_length_follows_cost_and_chance() -> None:
     assert costs.best_fixed(1.0, 7, reading_s=9.0)[1] == 0
 
 
+def times_of(passes: list[PassTime]) -> ModelTimes:
+    return ModelTimes("a model", "onnx", "int4", 2, 500.0, tuple(passes))
+
+
+def test_passes_at_other_lengths_cost_what_lies_on_the_line_through_both_that_were_timed() -> None:
+    def seconds(rows: int, cached: int) -> float:
+        return 0.030 + 0.009 * rows + (8e-6 + 1e-6 * rows) * cached
+
+    def passes(widths: Sequence[int], share: float = 1.0) -> list[PassTime]:
+        return [PassTime(cached, n, share * seconds(n, cached)) for cached in (SHORT, LONG) for n in widths]
+
+    spec = replace(FakeLM().spec, max_rows=8, row_alignment=2)
+    opened: Any = SimpleNamespace(target=SimpleNamespace(model=SimpleNamespace(spec=spec)))
+    costs = costs_from(opened, times_of(passes((2, 4, 8, 16, 32))), times_of(passes((1, 2, 4), 0.3)))
+    for cached in (0, SHORT, LONG, 3000):
+        costs.move(cached)
+        for rows in (2, 4, 6, 8):
+            assert costs.target_s(rows) == pytest.approx(seconds(rows, cached))
+        assert costs.draft_s == pytest.approx(0.3 * seconds(1, cached))
+
+
+def test_where_one_length_was_timed_the_guess_of_the_other_stays() -> None:
+    opened: Any = SimpleNamespace(target=SimpleNamespace(model=SimpleNamespace(spec=FakeLM(max_rows=4).spec)))
+    known = costs_from(opened, times_of([PassTime(SHORT, n, 0.03 + 0.01 * n) for n in (1, 2, 4)]), None).to_json()
+    assert "growth" not in known
+
+
 @pytest.mark.real
 def test_what_the_doctor_measures_is_where_later_engines_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, smollm2_path: Path
@@ -80,5 +112,8 @@ def test_what_the_doctor_measures_is_where_later_engines_start(
     assert told["read_bandwidth_bytes_per_s"] > 1e8
     cache = Store().cache_dir
     (kept,) = json.loads((cache / "costs.json").read_text("utf-8")).values()
-    assert 1 / kept["target"][min(kept["target"], key=int)] == pytest.approx(told["plain_tokens_per_s"], rel=0.01)
+    costs = Costs(max_rows=16, alignment=int(min(kept["target"], key=int)))
+    costs.restore(kept)
+    costs.move(SHORT)
+    assert 1 / costs.target_s(1) == pytest.approx(told["plain_tokens_per_s"], rel=0.01)
     assert set(json.loads((cache / "threads.json").read_text("utf-8")).values()) == {told["threads"]}

@@ -39,7 +39,7 @@ def _home(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_engine_offers_is_what_the_backends_take() -> None:
-    from edge_spec.backends.llama import KV_TYPES as LLAMA_TYPES
+    from edge_spec.backends._llama_context import KV_TYPES as LLAMA_TYPES
 
     assert set(KV_TYPES["openvino"]) == set(OPENVINO_TYPES)
     assert set(KV_TYPES["llama"]) == set(LLAMA_TYPES)

@@ -12,6 +12,7 @@ from edge_spec.export.exporter import export_model
 from edge_spec.export.recipe import RECIPES
 from edge_spec.loading import KV_TYPES as LOADABLE
 from edge_spec.memory import Owner, Settings, estimate, facts_of_export, facts_of_gguf
+from edge_spec.memory.compute import rope_bytes
 from edge_spec.memory.kv import KV_TYPES, cache_bytes, find_kv_type
 from edge_spec.memory.weights import stored_bytes, stored_matrices
 from tests.gguf_builder import write_gguf
@@ -66,6 +67,17 @@ def test_the_largest_context_fits_and_the_next_one_does_not(tmp_path: Path) -> N
     assert counted.at(n_ctx=largest).fits(budget)
     assert not counted.at(n_ctx=largest + 1).fits(budget)
     assert counted.largest_n_ctx(1 << 20) is None
+
+
+def test_llama_cpp_touches_its_cache_while_loading_and_onnx_runtime_when_text_is_read(tmp_path: Path) -> None:
+    facts = facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf", n_ctx=1 << 16))
+
+    def more(backend: str) -> int:
+        small, large = (estimate(facts, None, Settings(backend=backend, n_ctx=n)) for n in (2048, 32768))
+        return large.load_peak_bytes - small.load_peak_bytes
+
+    assert more("llama") == cache_bytes(facts, 32768 - 2048, "llama", find_kv_type(None, "llama"))
+    assert more("onnx") <= rope_bytes(facts, 32768) - rope_bytes(facts, 2048)
 
 
 def test_a_draft_counts_in_full(tmp_path: Path) -> None:

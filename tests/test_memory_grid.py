@@ -16,7 +16,7 @@ from memory_bench.cell import Cell, full_grid
 from memory_bench.foretell import MIB, Compared, Foretold, foretell
 from memory_bench.heard import sum_lines
 from memory_bench.limits import SHARES, Outcome, run_limited
-from memory_bench.measure import Measured
+from memory_bench.measure import Measured, measure
 from memory_bench.proc import Memory, read_memory, reset_peak, resident_by_kind
 from memory_bench.random_models import MODELS
 from memory_bench.report import as_text, figures
@@ -27,6 +27,7 @@ from tests.tiny_models import write_tiny_gguf
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
+PAIR_ON_LLAMA = "qwen2.5-coder-1.5b llama 1024 draft=qwen2.5-coder-0.5b"
 LOG = [
     "load_tensors:   CPU_Mapped model buffer size =   462.96 MiB\n",
     "load_tensors:   CPU_REPACK model buffer size =    28.05 MiB\n",
@@ -158,12 +159,30 @@ class TestCommand:
         assert "smollm2-135m llama 256" in names
         assert all("llama" in name and ("256" in name or "rows=64" in name) for name in names)
 
+    def test_limits_are_for_chosen_cells_unless_others_are_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        def listed(*arguments: str) -> list[str]:
+            memory_grid.main(["--list", "--limits", "--backends", "llama", *arguments])
+            return capsys.readouterr().err.splitlines()
+
+        assert listed() == [f"smollm2-135m llama {n_ctx}" for n_ctx in (256, 2048, 4096)] + [PAIR_ON_LLAMA]
+        assert len(listed("--only", "smollm2-135m llama 2048")) > 1
+
     def test_no_such_cell_is_bad_usage(self) -> None:
         assert memory_grid.main(["--only", "no such model"]) == 2
 
     def test_an_unknown_backend_is_bad_usage(self) -> None:
         with pytest.raises(SystemExit, match="2"):
             memory_grid.main(["--backends", "cuda"])
+
+
+@pytest.mark.real
+@linux_only
+@pytest.mark.parametrize("backend", ["llama", "onnx"])
+def test_what_loading_leaves_behind_is_foretold(backend: str, smollm2_path: Path) -> None:
+    cell = Cell(model="smollm2-135m", backend=backend, n_ctx=1024)  # llama.cpp's cache takes 22 MiB of it
+    compared = Compared(cell, foretell(cell, Store(), path_of={}), measure(cell))
+    assert compared.measured.finished, compared.measured.error
+    assert abs(compared.load_error_bytes) <= 8 * MIB
 
 
 @pytest.mark.real

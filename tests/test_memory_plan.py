@@ -156,7 +156,7 @@ def test_a_drafter_that_needs_a_model_gets_the_smallest_before_nothing(wanted: E
 def test_what_the_process_holds_for_others_counts(wanted: Estimate) -> None:
     assert foreign_bytes(wanted, 0) == 0
     others = 100 * MIB
-    own = sum(part.committed_bytes for part in wanted.components if part.owner == "process" and not part.grows)
+    own = sum(part.committed_bytes for part in wanted.components if part.owner == "process" and not part.filled_later)
     exact = budget_of(required_bytes(wanted))
     assert not make_plan(wanted, exact, Freedom(), held_bytes=own + OWN_NOISE_BYTES).given_up
     assert make_plan(wanted, exact, Freedom(), held_bytes=own + OWN_NOISE_BYTES + 1).given_up
@@ -199,6 +199,19 @@ def test_an_engine_says_what_it_gave_up(pair: dict[str, Any]) -> None:
         assert engine.info.planned_bytes <= engine.info.budget_bytes
         assert "no draft model" in engine.info.notes[0]
         assert "no draft model" in engine.generate("def", max_tokens=3).notes[0]
+
+
+def test_a_load_says_that_what_a_token_reads_does_not_stay_in_memory(
+    pair: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = estimate(facts_of_gguf(pair["target"]), None, Settings(n_ctx=512, threads=1))
+    loading: dict[str, Any] = {"target": pair["target"], "n_ctx": 512, "threads": 1}
+    for n_bytes, said in ((alone.working_set_bytes - 1, True), (alone.working_set_bytes, False)):
+        assert required_bytes(alone) <= n_bytes
+        budget = budget_of(n_bytes)
+        monkeypatch.setattr("edge_spec.fitting.find_budget", lambda *_, budget=budget, **__: budget)
+        with Engine.load(**loading) as engine:
+            assert any("from the disk each time" in note for note in engine.info.notes) == said
 
 
 def test_an_engine_refuses_what_does_not_fit_before_it_exports_anything(pair: dict[str, Any], tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -201,6 +204,38 @@ def test_of_a_hub_file_only_the_header_and_the_rotary_tables_are_fetched(
     assert len(ranges) > 2  # the header in several pieces, and the tables
     assert fetched < len(hub.content) / 10
     assert not list((tmp_path / "home").glob("models/*"))
+
+
+ESTIMATING = """
+import sys
+from pathlib import Path
+from edge_spec.cli import main
+try:
+    main()
+finally:
+    print(Path("/proc/self/status").read_text(), file=sys.stderr)
+"""
+
+
+@pytest.mark.real
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_command_takes_8_mib_of_the_network_and_150_of_memory(
+    tmp_path: Path, hub: type[Served], smollm2_path: Path
+) -> None:
+    hub.content = smollm2_path.read_bytes()
+
+    command = [sys.executable, "-c", ESTIMATING, "estimate", "owner/repo:m.gguf", "--ram", "64MiB", "--json"]
+    child = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"EDGE_SPEC_HOME": str(tmp_path)}
+    )
+
+    assert child.returncode == 3, child.stderr
+    told = json.loads(child.stdout)
+    assert not told["fits"]
+    assert told["committed_bytes"] == estimate(facts_of_gguf(smollm2_path), None, Settings()).committed_bytes
+    assert hub.asked == [f"bytes=0-{(8 << 20) - 1}"]
+    (peak,) = (line.split()[1] for line in child.stderr.splitlines() if line.startswith("VmHWM"))
+    assert int(peak) < 150 << 10
 
 
 def test_a_hub_that_does_not_answer_is_told_from_a_model_that_is_not_there(

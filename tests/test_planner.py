@@ -8,10 +8,13 @@ from itertools import pairwise
 import pytest
 
 from edge_spec.decoding.decoder import SpeculativeDecoder
+from edge_spec.decoding.drafter import Drafter
 from edge_spec.decoding.session import Session
-from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner
+from edge_spec.drafting import Costs, Growth, LookupDrafter, ModelDrafter, Planner, fit_growth
 from edge_spec.drafting.acceptance import Acceptance
-from edge_spec.types import Decoded, Output, SamplingParams
+from edge_spec.drafting.lengths import AnswerLengths
+from edge_spec.drafting.purse import Purse
+from edge_spec.types import Context, Decoded, Draft, Output, SamplingParams
 from tests.fakes import FakeLM
 
 # ---- costs
@@ -83,6 +86,54 @@ def test_costs_survive_a_restart_and_nonsense_does_not() -> None:
         assert fresh.target_s(2) == Costs(max_rows=4, alignment=2).target_s(2)
 
 
+def test_a_longer_context_makes_passes_dearer_by_as_much_for_each_token() -> None:
+    costs = Costs(max_rows=8, growth=Growth(0.0004, 0.0001), draft_growth=Growth(0.001))
+    costs.observe_target(1, 0.030)
+    costs.observe_target(4, 0.060)
+    costs.observe_draft(1, 0.010)
+    costs.move(1000)
+    assert costs.target_s(1) == pytest.approx(0.030 * 1.5)
+    assert costs.target_s(4) == pytest.approx(0.060 + 0.030 * 0.8)
+    assert costs.draft_s == pytest.approx(0.020)
+
+
+def test_what_is_seen_behind_a_long_context_tells_of_short_ones() -> None:
+    costs = Costs(max_rows=8, growth=Growth(0.0005), draft_growth=Growth(0.001))
+    costs.move(1000)
+    costs.observe_target(1, 0.045)
+    costs.observe_draft(1, 0.020)
+    costs.move(0)
+    assert (costs.target_s(1), costs.draft_s) == pytest.approx((0.030, 0.010))
+    costs.move(1000)
+    for _ in range(60):
+        costs.observe_target(1, 0.090)  # another program runs
+    costs.move(0)
+    assert costs.target_s(1) == pytest.approx(0.060, rel=0.05)
+
+
+def test_a_measured_growth_survives_a_restart_and_nonsense_does_not() -> None:
+    kept = {"target": {"1": 0.03}, "draft_s": 0.01, "growth": [0.001, 0.0], "draft_growth": [0.002, 0.0]}
+    costs = Costs(max_rows=4)
+    costs.restore(kept)
+    again = Costs(max_rows=4)
+    again.restore(costs.to_json())
+    again.move(500)
+    assert (again.target_s(1), again.draft_s) == pytest.approx((0.045, 0.020))
+    for nonsense in (None, 3, [1], [0.1, -1.0], ["a", 0.1], [2.0, 0.0]):
+        costs = Costs(max_rows=4)
+        costs.restore(kept | {"growth": nonsense})
+        costs.move(500)
+        assert costs.target_s(1) == pytest.approx(0.03)
+
+
+def test_noise_makes_no_pass_cheaper_behind_more() -> None:
+    growth, bases = fit_growth({1: 0.03, 2: 0.04, 4: 0.06}, {1: 0.029, 2: 0.042, 4: 0.055}, (256, 768))
+    assert min(growth.fixed, growth.per_row) >= 0
+    assert bases.keys() == {1, 2, 4}
+    growth, bases = fit_growth({1: 0.03, 2: 0.04}, {1: 3.0, 2: 4.0}, (256, 768))
+    assert min(bases.values()) > 0.01
+
+
 # ---- acceptance
 
 
@@ -101,6 +152,53 @@ def test_a_draft_teaches_up_to_its_first_rejection() -> None:
     chances = acceptance.chances([0, 1, 2, 3])
     assert min(chances[:2]) > 0.5 > chances[2]
     assert chances[3] == 0.5, "what came after the rejection was never judged"
+
+
+# ---- how long answers get
+
+
+def test_before_any_answer_is_known_one_is_taken_to_last_by_a_share_of_its_length() -> None:
+    lengths = AnswerLengths()
+    assert lengths.left(0) == 0
+    assert 0 < lengths.left(10) < 10
+    assert lengths.left(200) == pytest.approx(20 * lengths.left(10))
+
+
+def test_answers_are_taken_to_last_as_long_as_the_latest_did() -> None:
+    lengths = AnswerLengths()
+    for _ in range(16):
+        lengths.add(100)
+    assert lengths.left(1) == 99
+    assert lengths.left(90) == pytest.approx(10, abs=5)
+    for _ in range(16):
+        lengths.add(20)
+    assert lengths.left(1) == 19
+    assert lengths.left(90) == pytest.approx(AnswerLengths().left(90)), "no answer got so long"
+
+
+def test_of_short_and_long_answers_alike_neither_is_relied_on() -> None:
+    lengths = AnswerLengths()
+    for _ in range(8):
+        lengths.add(20)
+        lengths.add(200)
+    assert lengths.left(5) <= 15
+    assert lengths.left(21) > 100, "it is none of the short ones"
+
+
+# ---- what may be lost
+
+
+def test_a_purse_pays_what_was_won_and_little_more() -> None:
+    purse = Purse()
+    assert purse.pays(0)
+    assert not purse.pays(1)
+    purse.settle(4, 2.5)
+    assert purse.pays(1.5)
+    purse.settle(1, 3.0)
+    assert not purse.pays(0.5)
+    for _ in range(20):
+        purse.settle(1, 1.0)
+    assert purse.pays(0.5), "a share of the time is always to spend"
 
 
 # ---- choices
@@ -186,8 +284,73 @@ def test_a_long_prompt_is_not_read_by_the_draft_for_a_short_answer(clock: Clock)
     assert "model" not in decoder.stats.drafters
 
 
+def first_drafted(decoder: SpeculativeDecoder, prompt: list[int], max_tokens: int = 300) -> int:
+    """How many tokens were written when the model drafted first."""
+    written = 0
+    for step in decoder.generate(prompt, max_tokens=max_tokens):
+        if step.source == "model":
+            return written
+        written += len(step.tokens)
+    return written
+
+
+def test_a_longer_prompt_is_read_by_the_draft_for_a_longer_answer(clock: Clock) -> None:
+    waits = []
+    for length in (10, 40, 80):
+        decoder = decoder_of(clock, target=(0.030, 0.010), draft=(0.004, 0.002))
+        list(decoder.generate([1], max_tokens=30, max_draft=0))
+        waits.append(first_drafted(decoder, [3 + i % 50 for i in range(0, 3 * length, 3)]))
+    assert waits == sorted(set(waits))
+
+
+def test_where_answers_are_short_the_draft_reads_later(clock: Clock) -> None:
+    waits = []
+    for usual in (100, 12):
+        decoder = decoder_of(clock, target=(0.030, 0.010), draft=(0.004, 0.002))
+        for start in range(16):
+            list(decoder.generate([start], max_tokens=usual))
+        waits.append(first_drafted(decoder, [3 + i % 50 for i in range(0, 3 * 60, 3)]))
+    assert waits[0] < waits[1]
+
+
+class Overconfident(Drafter):
+    """As sure as a lookup can be, and always wrong."""
+
+    name = "reference"
+
+    def __init__(self, target: FakeLM) -> None:
+        self._target = target
+
+    def propose(self, context: Context, max_tokens: int) -> Draft:
+        wrong = (int(self._target.logits_after(list(context)).argmax()) + 1) % self._target.spec.n_vocab
+        return Draft([wrong] * max_tokens, source=self.name, confidence=[32.0] * max_tokens)
+
+
+@pytest.mark.parametrize("answer", [8, 20, 60, 240])
+@pytest.mark.parametrize("prompt", [3, 100])
+def test_no_answer_gets_much_slower_than_plain_decoding_whatever_was_expected(
+    clock: Clock, answer: int, prompt: int
+) -> None:
+    """Copies and a model that are all wrong: a twentieth and a pass are lost, a fifth if the model read."""
+    plain_s, row_s = 0.030, 0.006  # as is guessed before it is measured
+    target = TimedLM(clock, plain_s, row_s, n_vocab=64, n_ctx=400, max_rows=16)
+    model = ModelDrafter(Session(TimedLM(clock, 0.009, 0.002, n_vocab=64, n_ctx=400, max_rows=16, seed=7)))
+    costs = Costs(max_rows=16)
+    more = [Overconfident(target)]
+    planner = Planner(costs, LookupDrafter(min_match=10_000), model, more=more, fixed=costs, max_draft=15)
+    decoder = SpeculativeDecoder(Session(target), planner)
+    steps = decoder.generate([3 + i % 50 for i in range(0, 3 * prompt, 3)], max_tokens=answer)
+    next(steps)
+    before = clock.now
+    written = sum(len(step.tokens) for step in steps)
+    assert written == answer - 1
+    assert clock.now - before < plain_s * (written * (1 + 0.05 + 0.2) + 0.3 + 0.5)
+
+
 def test_the_first_token_waits_for_no_draft_model(clock: Clock) -> None:
     decoder = decoder_of(clock, target=(0.030, 0.001), draft=(0.002, 0.0002))
+    for start in range(8):  # answers here are long: the prompt is read for one
+        list(decoder.generate([start], max_tokens=250))
     first, *later = decoder.generate([3 + i % 50 for i in range(0, 3 * 100, 3)], max_tokens=250)
     assert first.source == "none"
     assert decoder.stats.prefill_s == pytest.approx(0.030 + 99 * 0.001)  # the target alone

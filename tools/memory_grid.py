@@ -10,8 +10,9 @@ could miss. Measured is the peak of anonymous memory; mapped files are told apar
 With `--keep FILE` measurements are kept in a file, and those in it are not made again: a run can be interrupted, and a
 changed estimate compared at once.
 
-With `--limits` each cell runs under RLIMIT_DATA, and in a control group where one can be made, set to the estimate and
-its band: it has to finish. At 0.85 and 0.6 of that it may be refused by a typed error, or do with less and say so.
+With `--limits` each cell (a chosen few without `--only`) runs under RLIMIT_DATA, and in a control group where one can
+be made, set to the estimate and its band: it has to finish. At 0.85 and 0.6 of that it may be refused by a typed error,
+or do with less and say so.
 
 Random models are written on first use, beside the store's exports. Linux only.
 """
@@ -22,7 +23,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this tree, and the writer of its tests' models
 
 from memory_bench import limits
-from memory_bench.cell import Cell, full_grid
+from memory_bench.cell import Cell, full_grid, limited_grid
 from memory_bench.foretell import Compared, foretell
 from memory_bench.measure import Measured, measure
 from memory_bench.random_models import MODELS, write_all
@@ -122,7 +123,10 @@ class _Kept:
 
 
 def _chosen(options: argparse.Namespace) -> list[Cell]:
-    cells = full_grid(options.backends, {name: model.backends for name, model in MODELS.items()})
+    if options.limits and not options.only:
+        cells: Iterable[Cell] = limited_grid(options.backends)
+    else:
+        cells = full_grid(options.backends, {name: model.backends for name, model in MODELS.items()})
     wanted = [cell if cell.recipe else replace(cell, threads=options.threads) for cell in cells]
     wanted = [cell for cell in wanted if all(any(part in cell.name for part in only) for only in options.only)]
     return wanted[: options.limit]
@@ -146,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
         help="cells whose name has one of these texts in it; given twice, one of each",
     )
     parser.add_argument("--limit", type=int, help="at most so many cells")
-    parser.add_argument("--limits", action="store_true", help="run each cell under limits instead")
+    parser.add_argument(
+        "--limits", action="store_true", help="run cells under limits instead; a chosen few unless --only names them"
+    )
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep measurements there, and use those that are")
     parser.add_argument("--kept", action="store_true", help="only compare what is kept: measure nothing")
     parser.add_argument(

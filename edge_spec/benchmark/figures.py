@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import reduce
 from typing import Any
 
+from edge_spec.benchmark.repeats import Repeats, summarise_repeats
 from edge_spec.benchmark.runs import Pair, Run, sum_drafters
 from edge_spec.types import DrafterStats
 
@@ -50,14 +51,16 @@ class Report:
     own_share: float | None
     """Drafters, planner, verification and bookkeeping: share of the speculative steps outside of the models' passes."""
     notes: list[str] = field(default_factory=list)
+    repeats: Repeats | None = None
+    """The worst prompts once more, many times; the pairs that made them the worst are not among them."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
 
 
-def summarise(pairs: Sequence[Pair], notes: Sequence[str] = ()) -> Report:
-    """The figures of `pairs`, of which there is at least one."""
+def summarise(pairs: Sequence[Pair], notes: Sequence[str] = (), repeated: Sequence[Pair] = ()) -> Report:
+    """The figures of `pairs`, of which there is at least one, and of those that were `repeated`."""
     by_task: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_task.setdefault(pair.prompt.task, []).append(pair)
@@ -73,6 +76,7 @@ def summarise(pairs: Sequence[Pair], notes: Sequence[str] = ()) -> Report:
         same_answers=sum(pair.same_answers for pair in pairs),
         own_share=sum(pair.speculative.own_s for pair in pairs) / steps_s if steps_s > 0 else None,
         notes=list(notes),
+        repeats=summarise_repeats(repeated),
     )
 
 

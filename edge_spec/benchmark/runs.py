@@ -97,13 +97,24 @@ def compare(
     for kind in (PLAIN, drafter):
         _run(engine, warm_up, kind, min(max_tokens, _WARM_UP_TOKENS))
     for number, prompt in enumerate(prompts):
-        order = (PLAIN, drafter) if number % 2 == 0 else (drafter, PLAIN)
         try:
-            runs = {kind: _run(engine, prompt, kind, max_tokens) for kind in order}
+            pair = _run_both(engine, prompt, drafter, max_tokens, plain_first=number % 2 == 0)
         except ContextLengthError as exc:
             on_skip(prompt, exc)
             continue
-        yield Pair(prompt, runs[PLAIN], runs[drafter])
+        yield pair
+
+
+def repeat(
+    engine: Engine, prompts: Sequence[Prompt], times: int, *, max_tokens: int, drafter: str = "auto"
+) -> Iterator[Pair]:
+    """Answer each prompt both ways `times` times more, as `compare` does, round by round.
+
+    Which goes first alternates with each round. A run that is cut short has about as many pairs of each prompt.
+    """
+    for number in range(times):
+        for prompt in prompts:
+            yield _run_both(engine, prompt, drafter, max_tokens, plain_first=number % 2 == 0)
 
 
 def sum_drafters(one: Mapping[str, DrafterStats], other: Mapping[str, DrafterStats]) -> dict[str, DrafterStats]:
@@ -115,6 +126,12 @@ def sum_drafters(one: Mapping[str, DrafterStats], other: Mapping[str, DrafterSta
             before.steps + stats.steps, before.drafted + stats.drafted, before.accepted + stats.accepted
         )
     return total
+
+
+def _run_both(engine: Engine, prompt: Prompt, drafter: str, max_tokens: int, *, plain_first: bool) -> Pair:
+    order = (PLAIN, drafter) if plain_first else (drafter, PLAIN)
+    runs = {kind: _run(engine, prompt, kind, max_tokens) for kind in order}
+    return Pair(prompt, runs[PLAIN], runs[drafter])
 
 
 def _run(engine: Engine, prompt: Prompt, drafter: str, max_tokens: int) -> Run:

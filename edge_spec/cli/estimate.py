@@ -214,6 +214,8 @@ def _tell(counted: Estimate, budget_bytes: int, device: Device | None, store: St
     report = Report(
         counted,
         budget_bytes,
+        # Mapped files come on top of a budget that is asked for, as long as this machine has room for them.
+        budget_bytes if device is not None else max(budget_bytes, _free_bytes()),
         counted.largest_n_ctx(budget_bytes),
         find_levers(counted),
         predict_speed(counted, store, device),

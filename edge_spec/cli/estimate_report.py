@@ -16,10 +16,14 @@ _WIDTH = 110
 
 @dataclass(frozen=True)
 class Report:
-    """An estimate against a budget. `largest_n_ctx` is None where no context fits; `levers` come largest first."""
+    """An estimate against a budget. `largest_n_ctx` is None where no context fits; `levers` come largest first.
+
+    `room_bytes`: memory that mapped files may stay in together with what is committed, at least the budget.
+    """
 
     counted: Estimate
     budget_bytes: int
+    room_bytes: int
     largest_n_ctx: int | None
     levers: list[Lever]
     speed: Speed
@@ -28,6 +32,11 @@ class Report:
     def fits(self) -> bool:
         """Whether the run stays within the budget, band included."""
         return self.counted.fits(self.budget_bytes)
+
+    @property
+    def working_set_fits(self) -> bool:
+        """Whether all that a token reads stays in memory."""
+        return self.counted.working_set_bytes <= self.room_bytes
 
     @property
     def verdict(self) -> str:
@@ -40,10 +49,20 @@ class Report:
         longest = "no context would fit"
         if self.largest_n_ctx:
             longest = f"the longest context that fits is {self.largest_n_ctx} tokens"
-        if self.fits:
+        if self.fits and self.working_set_fits:
             return f"fits: {needs} of {budget}; {longest}"
+        if self.fits:
+            read, room = format_size(counted.working_set_bytes), format_size(self.room_bytes)
+            return (
+                f"fits: {needs} of {budget}, but every token reads {read} and {room} of that stay in memory: the rest "
+                f"comes from the disk each time; {longest}"
+            )
         short = f"does not fit: {needs}, {format_size(needed - self.budget_bytes)} more than {budget}; {longest}"
-        helping = [lever for lever in self.levers if lever.outcome.fits(self.budget_bytes)]
+        helping = [
+            lever
+            for lever in self.levers
+            if lever.outcome.fits(self.budget_bytes) and lever.outcome.working_set_bytes <= self.room_bytes
+        ]
         if not helping:
             return f"{short}; no single change is enough"
         return f"{short}; enough would be {helping[-1].name} ({helping[-1].option})"
@@ -53,6 +72,7 @@ class Report:
         counted = self.counted
         return {
             "fits": self.fits,
+            "working_set_fits": self.working_set_fits,
             "verdict": self.verdict,
             "budget_bytes": self.budget_bytes,
             "n_ctx": counted.settings.n_ctx,
@@ -84,16 +104,20 @@ class Report:
                 for lever in self.levers
             ],
             "tokens_per_s": round(self.speed.tokens_per_s, 2),
-            "tokens_per_s_source": self.speed.source,
+            "tokens_per_s_source": self._speed_source,
         }
 
     def print(self) -> None:
         """Print the parts, the speed, what would make it smaller, and the verdict to standard output."""
         self._print_parts()
-        print(f"{self.speed.tokens_per_s:.1f} tokens/s without drafts (from {self.speed.source})")
+        print(f"{self.speed.tokens_per_s:.1f} tokens/s without drafts (from {self._speed_source})")
         for lever in self.levers:
             print(f"{lever.name} ({lever.option}): {format_size(lever.saved_bytes)} less")
         print(self.verdict)
+
+    @property
+    def _speed_source(self) -> str:
+        return self.speed.source + ("" if self.working_set_fits else ", were all of it in memory")
 
     def _print_parts(self) -> None:
         from rich.console import Console

@@ -13,7 +13,7 @@ from edge_spec.backends.base import CausalLM
 from edge_spec.cores import RecommendedThreads, usable_cores, usable_processors
 from edge_spec.doctor.bandwidth import read_bandwidth
 from edge_spec.doctor.passes import PassTime, fill, time_passes
-from edge_spec.drafting import Costs
+from edge_spec.drafting import Costs, Growth, fit_growth
 from edge_spec.loading import Loader, StageProgress, processor_key
 from edge_spec.opening import LoadRequest, OpenedModels, open_models
 from edge_spec.store import Store
@@ -118,15 +118,31 @@ def examine(
 
 
 def costs_from(opened: OpenedModels, target: ModelTimes, draft: ModelTimes | None) -> Costs:
-    """What was timed, as the planner wants it."""
+    """What was timed, as the planner wants it; for passes behind `SHORT` tokens until it is told of others."""
     spec = opened.target.model.spec
     costs = Costs(max_rows=spec.max_rows, alignment=spec.row_alignment or 1)
-    widths = {str(p.rows): p.seconds for p in target.passes if p.cached == SHORT and p.rows <= spec.max_rows}
-    kept: dict[str, object] = {"target": widths}
+    growth, bases = _growth(target, spec.max_rows)
+    kept: dict[str, object] = {"target": {str(rows): seconds for rows, seconds in bases.items()}}
     if draft is not None:
-        kept |= {"draft_s": draft.seconds(1), "read_s": 1 / draft.reading_tokens_per_s}
-    costs.restore(kept)
+        draft_growth, draft_bases = _growth(draft, max(DRAFT_ROWS))
+        kept |= {"draft_s": draft_bases[min(draft_bases)], "read_s": 1 / draft.reading_tokens_per_s}
+        kept |= {"draft_growth": _shares(draft_growth)} if draft_growth else {}
+    costs.restore(kept | ({"growth": _shares(growth)} if growth else {}))
+    costs.move(SHORT)
     return costs
+
+
+def _growth(times: ModelTimes, max_rows: int) -> tuple[Growth | None, dict[int, float]]:
+    """What a cached token adds, None if one length only was timed; and seconds by rows behind nothing."""
+    short, long = (
+        {p.rows: p.seconds for p in times.passes if p.cached == cached and p.rows <= max_rows}
+        for cached in (SHORT, LONG)
+    )
+    return fit_growth(short, long, (SHORT, LONG)) if long else (None, short)
+
+
+def _shares(growth: Growth) -> list[float]:
+    return [growth.fixed, growth.per_row]
 
 
 def _time_model(

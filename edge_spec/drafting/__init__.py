@@ -3,6 +3,7 @@
 from edge_spec.decoding.drafter import Drafter, NoDrafter, Request
 from edge_spec.drafting.cascade import CascadeDrafter
 from edge_spec.drafting.costs import Costs
+from edge_spec.drafting.growth import Growth, fit_growth
 from edge_spec.drafting.history import HistoryDrafter, PastAnswers
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
@@ -13,6 +14,7 @@ __all__ = [
     "CascadeDrafter",
     "Costs",
     "Drafter",
+    "Growth",
     "HistoryDrafter",
     "LookupDrafter",
     "ModelDrafter",
@@ -21,4 +23,5 @@ __all__ = [
     "Planner",
     "ReferenceDrafter",
     "Request",
+    "fit_growth",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from edge_spec.drafting.growth import Growth
+
 _OWN, _SHARED = 0.2, 0.1
 """How far a pass moves the cost of its own width and, because the whole machine may have slowed, of the others."""
 _WORST_SURPRISE = 2.0
@@ -18,27 +20,47 @@ class Costs:
 
     Widths that were not seen yet lie on the line through those that were; while only one was, a guess gives its slope.
     `alignment` is the target's row padding. `draft_share` is the guess for a draft token, in target passes of one row:
-    weights are what a pass reads.
+    weights are what a pass reads. `growth` and `draft_growth` are guesses of what a cached token adds.
+
+    All is said of passes behind as many tokens as `move` was told last.
     """
 
-    def __init__(self, *, max_rows: int, alignment: int = 1, draft_share: float = 0.3) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        alignment: int = 1,
+        draft_share: float = 0.3,
+        growth: Growth | None = None,
+        draft_growth: Growth | None = None,
+    ) -> None:
         self._alignment = alignment
         self._widths = range(alignment, max_rows + alignment, alignment)
         self._seen: dict[int, float] = {}
+        """Seconds by width, as they would be behind nothing."""
         self._line = (1 - _ROW_SHARE, _ROW_SHARE)
         self._draft_share = draft_share
+        self._growth = growth or Growth()
+        self._draft_growth = draft_growth or Growth()
+        self._is_growth_known = False
+        self._cached = 0
         self._draft_s: float | None = None
         self._read_s: float | None = None
 
     def target_s(self, rows: int) -> float:
         """A pass of `rows` rows (of more than the model allows: as of the most)."""
         width = self._width(rows)
-        return self._seen.get(width) or self._line[0] + self._line[1] * width
+        return self._base_s(width) + self._growth.passes(width, self._cached) * self._base_s(self._widths[0])
 
     @property
     def draft_s(self) -> float:
         """One token of the draft model."""
-        return self._draft_share * self.target_s(1) if self._draft_s is None else self._draft_s
+        base = self._draft_share * self._base_s(self._widths[0]) if self._draft_s is None else self._draft_s
+        return base * self._draft_longer
+
+    def move(self, cached: int) -> None:
+        """From now on passes are behind `cached` tokens."""
+        self._cached = cached
 
     @property
     def read_s(self) -> float:
@@ -63,8 +85,9 @@ class Costs:
     def observe_target(self, rows: int, seconds: float) -> None:
         """A pass of `rows` rows took so long."""
         width, seconds = self._width(rows), max(seconds, _LEAST_S)
+        expected = self.target_s(rows)
         if width in self._seen:
-            surprise = _bounded(seconds / self._seen[width])
+            surprise = _bounded(seconds / expected)
             for other in self._seen:
                 self._seen[other] *= surprise ** (_OWN if other == width else _SHARED)
             # A model that was parked while the machine was slow would else stay parked for good.
@@ -73,13 +96,13 @@ class Costs:
             if self._read_s is not None:
                 self._read_s *= surprise**_SHARED
         else:
-            self._seen[width] = seconds
+            self._seen[width] = seconds * self._base_s(width) / expected
         self._line = self._fit()
 
     def observe_draft(self, tokens_read: int, seconds: float) -> None:
         """The draft model read `tokens_read` tokens, in one pass, to draft one."""
         if tokens_read <= 2:  # after a full acceptance there are two
-            self._draft_s = _moved(self._draft_s, seconds)
+            self._draft_s = _moved(self._draft_s, seconds / self._draft_longer)
         elif seconds > self.draft_s:
             self._read_s = _moved(self._read_s, (seconds - self.draft_s) / (tokens_read - 1))
 
@@ -88,7 +111,11 @@ class Costs:
         if not self._seen:
             return {}
         target = {str(width): seconds for width, seconds in self._seen.items()}
-        return {"target": target, "draft_s": self._draft_s, "read_s": self._read_s}
+        kept: dict[str, object] = {"target": target, "draft_s": self._draft_s, "read_s": self._read_s}
+        if self._is_growth_known:
+            growths = {"growth": self._growth, "draft_growth": self._draft_growth}
+            kept |= {name: [growth.fixed, growth.per_row] for name, growth in growths.items()}
+        return kept
 
     def restore(self, kept: Mapping[str, object]) -> None:
         """Start from what `to_json` gave; what does not fit is ignored, since it is only a better guess."""
@@ -99,6 +126,18 @@ class Costs:
             self._seen = {int(width): seconds for width, seconds in target.items()}
             self._draft_s, self._read_s = (_seconds(kept.get(name)) for name in ("draft_s", "read_s"))
             self._line = self._fit()
+            growths = _growth(kept.get("growth")), _growth(kept.get("draft_growth"))
+            self._is_growth_known = growths[0] is not None
+            self._growth, self._draft_growth = growths[0] or self._growth, growths[1] or self._draft_growth
+
+    @property
+    def _draft_longer(self) -> float:
+        """How many times as long a draft token takes as one behind nothing."""
+        return 1 + self._draft_growth.passes(1, self._cached)
+
+    def _base_s(self, width: int) -> float:
+        """A pass of this width behind nothing."""
+        return self._seen.get(width) or self._line[0] + self._line[1] * width
 
     def _width(self, rows: int) -> int:
         return min(-(-rows // self._alignment) * self._alignment, self._widths[-1])
@@ -123,6 +162,15 @@ def _bounded(ratio: float) -> float:
 
 def _moved(before: float | None, seconds: float) -> float:
     return seconds if before is None else before * _bounded(seconds / before) ** _OWN
+
+
+def _growth(value: object) -> Growth | None:
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    fixed, per_row = value
+    if not all(isinstance(share, float) and 0 <= share < 1 for share in (fixed, per_row)):
+        return None
+    return Growth(fixed, per_row)
 
 
 def _seconds(value: object) -> float | None:

@@ -4,6 +4,8 @@ The text is given, only the way through it is not: a step that covers n tokens i
 the rate is that at which the same tokens could be had otherwise, by the best of plain decoding and drafts of the model
 of one length. Lookups are not part of it: where text repeats it repeats whatever was chosen before. Drafting nothing
 is a choice like any other.
+
+That goes by expectations, and one answer may disappoint them all. So what can be lost is bounded too: see `Purse`.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from edge_spec.decoding.drafter import Drafter, Request
 from edge_spec.drafting.acceptance import Acceptance, Scale
 from edge_spec.drafting.costs import Costs
 from edge_spec.drafting.history import HistoryDrafter
+from edge_spec.drafting.lengths import AnswerLengths
 from edge_spec.drafting.lookup import LookupDrafter
 from edge_spec.drafting.model import ModelDrafter
+from edge_spec.drafting.purse import Purse
 from edge_spec.types import Context, Draft, Hole, Verdict
 
 LOOKUP_SCALE: Scale = ((1, 0.2), (2, 0.45), (3, 0.6), (4, 0.7), (6, 0.78), (9, 0.85), (14, 0.9), (24, 0.95))
@@ -28,16 +32,13 @@ HISTORY_SCALE: Scale = ((3, 0.3), (4, 0.4), (6, 0.55), (9, 0.7), (14, 0.85), (24
 MODEL_SCALE: Scale = ((0.0, 0.26), (0.3, 0.47), (0.5, 0.68), (0.7, 0.83), (0.85, 0.93), (0.95, 0.975), (0.99, 0.995))
 """A model's confidence is the probability that it gives its most likely token."""
 
-_PROFITING_TOKENS, _PROFITING_AT_FIRST = 256, 64
-"""What the model reads now is taken to serve at most the next so many tokens. How long an answer gets nobody knows: at
-first it is taken for short, then, as such things go, for as much longer as it has become."""
 _WRITTEN, _UNCOPIED = 16, 10
 """What a generation starts from: of so many tokens, so many are not copied. Only those profit from what the model has
 read."""
 
 
 class Book:
-    """What was learnt: costs and chances."""
+    """What was learnt: costs, chances, and how long answers get."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
@@ -45,6 +46,7 @@ class Book:
         self.copies[HistoryDrafter.name] = Acceptance(HISTORY_SCALE)
         """By drafter: that one's matches may be worth more than another's, however long they are."""
         self.model = Acceptance(MODEL_SCALE)
+        self.lengths = AnswerLengths()
         self.rate = 0.0
         """Tokens a second of the best of plain decoding and fixed drafts of the model; see `set_rate`."""
 
@@ -55,6 +57,10 @@ class Book:
         """
         self.rate, length = self.costs.best_fixed(self.model.mean, max_draft, reading_s)
         return length > 0
+
+    def cost(self, drafted: int, passes: int = 0) -> float:
+        """What a step with so many drafted tokens, after `passes` of the model, takes, in plain passes."""
+        return (self.costs.target_s(drafted + 1) + passes * self.costs.draft_s) / self.costs.target_s(1)
 
     def worth(self, chances: Sequence[float], extra_s: float = 0.0) -> float:
         """What a step with a draft of such chances (each given the ones before) is worth, in tokens."""
@@ -93,8 +99,11 @@ class Planner(Drafter):
         self._room = max_draft
         self._guesses: list[Draft] = []
         self._guessed_at = 0
-        self._prompt_length = self._max_length = 0
+        self._prompt_length = self._max_length = self._length = 0
         self._written, self._uncopied = _WRITTEN, _UNCOPIED
+        self._purse = Purse()
+        self._passes = 0
+        """Of the model, for the draft of this step."""
 
     @property
     def _model(self) -> ModelDrafter | None:
@@ -112,6 +121,10 @@ class Planner(Drafter):
         self._is_fixed = request.is_repeatable
         self._book = Book(self._fixed) if self._is_fixed else self._learning
         self._book.model.relax()
+        if self._length:
+            self._learning.lengths.add(self._length)
+        self._length = 0
+        self._purse = Purse()
         self._guesses = []
         self._written, self._uncopied = _WRITTEN, _UNCOPIED
         self._prompt_length, self._max_length = request.prompt_length, request.max_length
@@ -128,15 +141,18 @@ class Planner(Drafter):
         self._guesses = [copier.propose(context, max_tokens) for copier in self._copiers]
         self._guessed_at = len(context)
         self._room = min(max_tokens, self._max_draft)
-        model_pays = book.set_rate(self._room if self._model else 0, self._reading_s(context))
+        self._passes = 0
+        book.costs.move(len(context))
+        model, reading_s = self._model_to_ask(context)
+        model_pays = book.set_rate(self._room if model else 0, reading_s)
         worth, copied = max(map(self._best_beginning, self._guesses), key=lambda valued: valued[0])
-        # The first token waits for no draft model to read the prompt. Later, by the meaning of the rate, a step that
-        # the model drafts is worth about 0.
-        if self._model is None or len(context) == self._prompt_length or not model_pays or worth > 0:
+        # By the meaning of the rate, a step that the model drafts is worth about 0.
+        if model is None or not model_pays or worth > 0:
             return copied
-        draft = self._model.propose(context, self._room)
+        draft = model.propose(context, self._room)
+        self._passes = len(model.passes)
         if not self._is_fixed:
-            for tokens_read, seconds in self._model.passes:
+            for tokens_read, seconds in model.passes:
                 book.costs.observe_draft(tokens_read, seconds)
         return draft
 
@@ -144,11 +160,16 @@ class Planner(Drafter):
         """Learn what became of the draft and what the pass cost."""
         book = self._book
         written = verdict.num_accepted + 1
+        self._length += written
         self._written += written
         self._uncopied += 0 if draft.source in book.copies else written
         if self._given_model is not None and draft.source == self._given_model.name:
             book.model.observe_draft(draft.confidence, verdict.num_accepted)
-        if target_s is None or self._is_fixed:
+        if target_s is None:
+            return
+        # What the model read for later steps too is not this one's loss.
+        self._purse.settle(written, book.cost(len(draft.tokens), self._passes))
+        if self._is_fixed:
             return
         book.costs.observe_target(len(draft.tokens) + 1, target_s)
 
@@ -179,35 +200,49 @@ class Planner(Drafter):
         return any(
             book.worth([*chances, *[mean] * more], more * draft_s) > now
             for more in (1, 2)
-            if len(chances) + more <= self._room
+            if self._may_have(len(chances) + more)
         )
 
     def worth_verifying(self, confidence: Sequence[float]) -> bool:
         """Whether the last token, of such confidence, should go to the target, perhaps for what may follow it."""
         book, mean = self._book, self._book.model.mean
+        if not self._may_have(len(confidence)):
+            return False
         *before, last = book.model.chances(confidence)
         now = book.worth(before)
         if book.worth([*before, last]) >= now:
             return True
-        return len(confidence) < self._room and book.worth([*before, last, mean], book.costs.draft_s) > now
+        longer = len(confidence) + 1
+        return self._may_have(longer) and book.worth([*before, last, mean], book.costs.draft_s) > now
 
-    def _reading_s(self, context: Context) -> float:
-        """What the model has to read before it can draft, spread over the tokens that will profit from it."""
-        if self._model is None:
-            return 0.0
-        unread = max(0, self._model.count_unread(context) - 2)
-        written = len(context) - self._prompt_length
-        tokens_left = min(self._max_length - len(context), _PROFITING_TOKENS, _PROFITING_AT_FIRST + written)
-        profiting = tokens_left * self._uncopied / self._written
-        return unread * self._book.costs.read_s / max(1.0, profiting)
+    def _may_have(self, drafted: int) -> bool:
+        """Whether the model's draft may have so many tokens."""
+        return drafted <= self._room and self._purse.pays(self._book.cost(drafted, passes=drafted) - 1)
+
+    def _model_to_ask(self, context: Context) -> tuple[ModelDrafter | None, float]:
+        """The model, if it may be asked, and what it has to read, in seconds for each token that will profit from it.
+
+        The first token waits for no draft model to read the prompt.
+        """
+        model, book = self._model, self._book
+        if model is None or len(context) == self._prompt_length or not self._purse.pays(book.cost(1, passes=1) - 1):
+            return None, 0.0
+        reading_s = max(0, model.count_unread(context) - 2) * book.costs.read_s
+        if not reading_s:
+            return model, 0.0
+        if not self._purse.pays_reading(reading_s / book.costs.target_s(1)):
+            return None, 0.0
+        tokens_left = min(self._max_length - len(context), book.lengths.left(self._length))
+        return model, reading_s / max(1.0, tokens_left * self._uncopied / self._written)
 
     def _best_beginning(self, draft: Draft) -> tuple[float, Draft]:
         """What as much of a copied draft as is worth its rows is worth, by this book, and that much of it."""
         book = self._book
         chances = book.copies[draft.source].chances(draft.confidence)
-        worths = [book.worth(chances[:n]) for n in range(len(chances) + 1)]
+        lengths = [n for n in range(len(chances) + 1) if self._purse.pays(book.cost(n) - 1)] or [0]
+        worths = [book.worth(chances[:n]) for n in lengths]
         worth = max(worths)
-        length = worths.index(worth)
+        length = lengths[worths.index(worth)]
         return worth, Draft(draft.tokens[:length], confidence=draft.confidence[:length], source=draft.source)
 
     def _learn_from_guesses(self, context: Context) -> None:

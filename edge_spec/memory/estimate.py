@@ -45,13 +45,13 @@ class Estimate:
     def load_peak_bytes(self) -> int:
         """Most committed memory while loading: the process's parts come first, then the target's, then the draft's.
 
-        What grows with the context is empty then.
+        What is filled later is empty then: on ONNX Runtime and OpenVINO the cache too; llama.cpp writes zeros to it.
         """
         held = peak = 0
         for owner in (Owner.PROCESS, Owner.TARGET, Owner.DRAFT):
             parts = [part for part in self.components if part.owner is owner]
             peak = max(peak, held + max((part.load_bytes for part in parts), default=0))
-            held += sum(part.committed_bytes for part in parts if not part.grows)
+            held += sum(part.committed_bytes for part in parts if not part.filled_later)
         return max(peak, held)
 
     @cached_property

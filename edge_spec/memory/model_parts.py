@@ -52,7 +52,8 @@ class _Model:
         n_bytes = cache_bytes(
             self.facts, settings.n_ctx, self.backend, kv, full_windows=settings.full_windows, batch=settings.batch
         )
-        return self.part("cache", n_bytes, grows=True)
+        # llama.cpp writes zeros to its cache when it makes it (`llama-kv-cache.cpp`).
+        return self.part("cache", n_bytes, filled_later=self.backend != "llama")
 
     def library(self) -> Component:
         n_bytes = runtime.SESSION[self.backend] + runtime.SESSION_PER_LAYER[self.backend] * self.facts.n_layer
@@ -64,7 +65,11 @@ class _Model:
         """The table stays in the mapped GGUF; a pass dequantises the rows of its tokens."""
         table, batch = self.facts.embedding, self.settings.batch + MAX_ALIGNMENT
         return self.part(
-            "embedding", 3 * batch * self.facts.hidden * 4, mapped_bytes=table.n_bytes, touched_bytes=table.row_bytes
+            "embedding",
+            3 * batch * self.facts.hidden * 4,
+            mapped_bytes=table.n_bytes,
+            touched_bytes=table.row_bytes,
+            filled_later=True,
         )
 
     def logits(self, matrices: tuple[StoredMatrix, ...]) -> Component:
@@ -73,7 +78,7 @@ class _Model:
             n_bytes = compute.trimmed_head_bytes(facts, rows, self.settings.max_rows, runtime.REACHED_ROWS)
         else:
             n_bytes = compute.logits_bytes(facts.n_vocab, self.settings.max_rows)
-        return self.part("logits", n_bytes)
+        return self.part("logits", n_bytes, filled_later=True)
 
 
 def _onnx_parts(model: _Model) -> list[Component]:
@@ -91,13 +96,13 @@ def _onnx_parts(model: _Model) -> list[Component]:
             load_bytes=export_bytes(facts, model.recipe, settings.threads),
         ),
         model.cache(),
-        model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx), grows=True),
+        model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx)),
         model.part(
             "compute buffers",
             activations,
             reserved_bytes=3 * activations // 2,
             source=Source.MEASURED,
-            grows=True,
+            filled_later=True,
         ),
         model.logits(matrices),
         model.embedding(),
@@ -123,13 +128,13 @@ def _openvino_parts(model: _Model) -> list[Component]:
             load_bytes=export_bytes(facts, model.recipe, settings.threads),
         ),
         model.cache(),
-        model.part("rotary tables", 2 * compute.rope_bytes(facts, settings.n_ctx), grows=True),
+        model.part("rotary tables", 2 * compute.rope_bytes(facts, settings.n_ctx)),
         model.part(
             "compute buffers",
             activations + attention,
             reserved_bytes=3 * activations // 2,
             source=Source.MEASURED,
-            grows=True,
+            filled_later=True,
         ),
         model.logits(matrices),
         model.embedding(),
@@ -146,8 +151,8 @@ def _llama_parts(model: _Model) -> list[Component]:
     parts = [
         model.part("weights", weights.anonymous, mapped_bytes=weights.mapped, touched_bytes=weights.touched),
         model.cache(),
-        model.part("compute buffers", touched, reserved_bytes=allocated - touched),
-        model.part("logits", settings.max_rows * facts.n_vocab * 4),
+        model.part("compute buffers", touched, reserved_bytes=allocated - touched, filled_later=True),
+        model.part("logits", settings.max_rows * facts.n_vocab * 4, filled_later=True),
         model.library(),
     ]
     if facts.is_recurrent:

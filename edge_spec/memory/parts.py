@@ -46,8 +46,8 @@ class Component:
     reserved_bytes: int = 0
     """Address space that is allocated and never touched: RLIMIT_DATA counts it, the machine does not."""
     source: Source = Source.FORMULA
-    grows: bool = False
-    """Whether it grows with n_ctx."""
+    filled_later: bool = False
+    """Whether it is touched only when text is read: not part of what loading leaves behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

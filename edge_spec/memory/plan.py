@@ -67,7 +67,8 @@ def make_plan(wanted: Estimate, budget: Budget, freedom: Freedom, *, held_bytes:
 
 def foreign_bytes(wanted: Estimate, held_bytes: int) -> int:
     """What the process holds for others: all but the interpreter, the tokenizer and the libraries of this run."""
-    own = sum(part.committed_bytes for part in wanted.components if part.owner is Owner.PROCESS and not part.grows)
+    parts = (part for part in wanted.components if part.owner is Owner.PROCESS and not part.filled_later)
+    own = sum(part.committed_bytes for part in parts)
     return held_bytes - own if held_bytes - own > OWN_NOISE_BYTES else 0
 
 

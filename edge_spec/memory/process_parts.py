@@ -46,5 +46,5 @@ def process_parts(target: ModelFacts, backends: Sequence[str], settings: Setting
     stores = runtime.LOOKUP_PER_TOKEN * settings.n_ctx if settings.lookup else 0
     stores += runtime.HISTORY if settings.history else 0
     if stores:
-        parts.append(part("drafter stores", stores, grows=True))
+        parts.append(part("drafter stores", stores, filled_later=True))
     return parts

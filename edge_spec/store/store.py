@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
 from edge_spec.errors import DownloadError, IntegrityError, ModelNotFoundError, StorageError, UsageError
-from edge_spec.store.hashing import cached_sha256, write_json
+from edge_spec.store.hashing import cached_sha256
 from edge_spec.store.hub import parse_reference
 from edge_spec.store.manifest import Catalogue, Pair, Weights, load_catalogue, manifest_folder
 from edge_spec.store.partial import SourceError, sha256_of
 from edge_spec.store.pull import Note, exclusive, fetch
+from edge_spec.store.record import Record, has_size, tree_bytes
 from edge_spec.types import Progress
 
 DEFAULT_PAIR = "qwen2.5-coder"
-_RECORD = "model.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a model that is made here may be called."""
 
@@ -53,20 +51,6 @@ class ModelStatus:
     """What an unfinished pull left."""
     exports_bytes: int
     path: Path | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """What is written beside a file once it is verified."""
-
-    name: str
-    file: str
-    n_bytes: int
-    sha256: str
-    licence: str | None
-    architecture: str | None
-    made_from: str | None = None
-    """For a file that was made here: what of, and how."""
 
 
 class Store:
@@ -175,9 +159,9 @@ class Store:
                 weights = weights or _weights_of_hub(ref)
                 path = folder / weights.file
                 # A crash between the rename and the record leaves a whole file without one.
-                if not (_has_size(path, weights.n_bytes) and sha256_of(path) == weights.sha256):
+                if not (has_size(path, weights.n_bytes) and sha256_of(path) == weights.sha256):
                     path = fetch(weights, folder, progress=progress, note=note)
-                self._write_record(weights, folder)
+                _record_of(weights).write(folder)
                 return LocalModel(ref, path, weights.sha256, weights.licence)
         except OSError as exc:
             raise StorageError(f"cannot write below {self.data_dir}: {exc}") from exc
@@ -196,7 +180,7 @@ class Store:
         try:
             with exclusive(self._lock(name), note or _say_nothing, name):
                 folder = self._folder(name)
-                record = _read_record(folder)
+                record = Record.read(folder)
                 if record is not None and record.made_from == made_from and (found := self._intact(name)):
                     return found
                 path = folder / f"{name}.gguf"
@@ -206,12 +190,10 @@ class Store:
                 try:
                     make(path)
                     sha256 = sha256_of(path)
-                    known = _read_record(source.path.parent)
+                    known = Record.read(source.path.parent)
                     architecture = known.architecture if known else None
-                    made = _Record(
-                        name, path.name, path.stat().st_size, sha256, source.licence, architecture, made_from
-                    )
-                    write_json(folder / _RECORD, asdict(made))
+                    n_bytes = path.stat().st_size
+                    Record(name, path.name, n_bytes, sha256, source.licence, architecture, made_from).write(folder)
                 except BaseException:
                     self._remove_tree(folder)
                     raise
@@ -229,7 +211,7 @@ class Store:
         """Bytes of exports that belong to none of `models()`: of local files, or of models that have changed since."""
         known = {self._sha256(status.name) for status in self.models()}
         folders = self.exports_dir.iterdir() if self.exports_dir.is_dir() else ()
-        return sum(_tree_bytes(folder) for folder in folders if folder.name not in known)
+        return sum(tree_bytes(folder) for folder in folders if folder.name not in known)
 
     def remove(self, name: str) -> int:
         """Remove a model's file, what an unfinished pull left, and its exports; returns the bytes that were freed.
@@ -261,7 +243,7 @@ class Store:
         return ref not in self._catalogue.weights and parse_reference(ref) is None and not self._is_made(ref)
 
     def _is_made(self, name: str) -> bool:
-        return _NAME.fullmatch(name) is not None and _read_record(self._folder(name)) is not None
+        return _NAME.fullmatch(name) is not None and Record.read(self._folder(name)) is not None
 
     def _folder(self, ref: str) -> Path:
         # Quoted, a reference is one safe path segment, and two references never share one.
@@ -272,17 +254,17 @@ class Store:
 
     def _sha256(self, name: str) -> str | None:
         weights = self._catalogue.weights.get(name)
-        record = _read_record(self._folder(name))
+        record = Record.read(self._folder(name))
         return weights.sha256 if weights else record.sha256 if record else None
 
     def _present(self, ref: str) -> LocalModel | None:
         """The verified file of a name or reference, None if there is none, IntegrityError if it was cut since."""
-        record = _read_record(self._folder(ref))
+        record = Record.read(self._folder(ref))
         weights = self._catalogue.weights.get(ref)
         if record is None or (weights is not None and record.sha256 != weights.sha256):
             return None
         path = self._folder(ref) / record.file
-        if not _has_size(path, record.n_bytes):
+        if not has_size(path, record.n_bytes):
             again = f"repeat `edge-spec pull {ref}`" if record.made_from is None else "export it again"
             raise IntegrityError(f"{path} has not its {record.n_bytes} bytes any more; {again}")
         return LocalModel(ref, path, record.sha256, record.licence)
@@ -302,23 +284,16 @@ class Store:
         found.path.unlink()
         return True
 
-    def _write_record(self, weights: Weights, folder: Path) -> None:
-        record = _Record(
-            weights.name, weights.file, weights.n_bytes, weights.sha256, weights.licence, weights.architecture
-        )
-        write_json(folder / _RECORD, asdict(record))
-
-    def _records(self) -> list[_Record]:
-        found = (_read_record(path.parent) for path in sorted((self.data_dir / "models").glob(f"*/{_RECORD}")))
-        return [record for record in found if record is not None]
+    def _records(self) -> Iterator[Record]:
+        return Record.read_all(self.data_dir / "models")
 
     def _status(self, name: str) -> ModelStatus:
         weights = self._catalogue.weights.get(name)
-        folder, record, sha256 = self._folder(name), _read_record(self._folder(name)), self._sha256(name)
+        folder, record, sha256 = self._folder(name), Record.read(self._folder(name)), self._sha256(name)
         known = weights or record
         assert known is not None
         path = folder / known.file
-        present = record is not None and record.sha256 == sha256 and _has_size(path, known.n_bytes)
+        present = record is not None and record.sha256 == sha256 and has_size(path, known.n_bytes)
         return ModelStatus(
             name=name,
             known=weights is not None,
@@ -326,8 +301,8 @@ class Store:
             size_bytes=known.n_bytes,
             licence=known.licence,
             architecture=known.architecture,
-            partial_bytes=_tree_bytes(folder) if not present else 0,
-            exports_bytes=_tree_bytes(self.exports_dir / sha256) if sha256 else 0,
+            partial_bytes=tree_bytes(folder) if not present else 0,
+            exports_bytes=tree_bytes(self.exports_dir / sha256) if sha256 else 0,
             path=path if present else None,
         )
 
@@ -348,7 +323,7 @@ class Store:
         )
 
     def _remove_tree(self, folder: Path) -> int:
-        freed = _tree_bytes(folder)
+        freed = tree_bytes(folder)
         if folder.exists():
             shutil.rmtree(folder)
         return freed
@@ -356,6 +331,11 @@ class Store:
 
 def _say_nothing(_: str) -> None:
     """The note of a caller who gave none."""
+
+
+def _record_of(weights: Weights) -> Record:
+    """What is kept of a manifest once its file is here."""
+    return Record(weights.name, weights.file, weights.n_bytes, weights.sha256, weights.licence, weights.architecture)
 
 
 def _weights_of_hub(ref: str) -> Weights:
@@ -382,25 +362,3 @@ def _weights_of_hub(ref: str) -> Weights:
         architecture=None,
         sources=(type(source)(repo=source.repo, file=source.file, revision=found.commit),),
     )
-
-
-def _read_record(folder: Path) -> _Record | None:
-    try:
-        record = _Record(**json.loads((folder / _RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return record if Path(record.file).name == record.file else None
-
-
-def _has_size(path: Path, n_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == n_bytes
-
-
-def _tree_bytes(folder: Path) -> int:
-    """Bytes of the files below a folder, of which other processes may remove some meanwhile."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += (Path(parent) / name).stat().st_size
-    return total

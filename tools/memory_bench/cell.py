@@ -67,7 +67,8 @@ class Cell:
 
 
 def full_grid(backends: tuple[str, ...], random_models: Mapping[str, tuple[str, ...]]) -> Iterator[Cell]:
-    """Model × backend × context × batch and rows × cache type × draft, the quick ones first, then exports.
+    """Model × backend × context × batch and rows × cache type × draft, the quick ones first, the pair's long
+    windows last.
 
     `random_models`: names, each with the backends that run it.
     """
@@ -81,15 +82,34 @@ def full_grid(backends: tuple[str, ...], random_models: Mapping[str, tuple[str, 
     for backend in backends:
         yield Cell(model=DRAFT, backend=backend, n_ctx=1024)
         yield Cell(model=DRAFT, backend=backend, n_ctx=2048, batch=512, rows=32)
-    for n_ctx in (1024, 2048, 4096):
-        for backend in backends:
-            yield Cell(model=TARGET, backend=backend, n_ctx=n_ctx, draft=DRAFT)
-            if backend != "openvino":
-                yield Cell(model=TARGET, backend=backend, n_ctx=n_ctx)
+    yield from _of_the_pair(backends, 1024)
     for backend in backends:
         yield Cell(model=TARGET, backend=backend, n_ctx=1024, draft=DRAFT, kv=SMALLEST_KV[backend])
     if "onnx" in backends:
         yield from _exports()
+    for n_ctx in (2048, 4096):
+        yield from _of_the_pair(backends, n_ctx)
+
+
+def _of_the_pair(backends: tuple[str, ...], n_ctx: int) -> Iterator[Cell]:
+    for backend in backends:
+        yield Cell(model=TARGET, backend=backend, n_ctx=n_ctx, draft=DRAFT)
+        if backend != "openvino":
+            yield Cell(model=TARGET, backend=backend, n_ctx=n_ctx)
+
+
+def limited_grid(backends: tuple[str, ...]) -> list[Cell]:
+    """What is run under limits unless cells are named: the small model and the pair, on what of these `backends` the
+    limits are for."""
+    cells = [Cell(model=SMALL, backend=backend, n_ctx=n_ctx) for n_ctx in (256, 2048, 4096) for backend in LIMITED]
+    cells += [Cell(model=TARGET, backend=backend, n_ctx=n_ctx, draft=DRAFT) for backend, n_ctx in LIMITED_PAIR]
+    return [cell for cell in cells if cell.backend in backends]
+
+
+LIMITED = ("onnx", "llama")
+"""Backends whose runs are run under limits."""
+LIMITED_PAIR = (("onnx", 1024), ("llama", 1024), ("onnx", 2048))
+"""Backends and windows that the pair is run under limits with."""
 
 
 def _of_the_small_model(backend: str) -> Iterator[Cell]:
