@@ -165,11 +165,12 @@ ODD = {"hidden": 384, "n_head": 6, "ff": 640}
         (RECIPES["int4"], ODD),
         (RECIPES["int4"], {**ODD, "n_vocab": 513}),
         (Recipe("int8 with zero points", bits=8, block=64, zero_points=True), {}),
+        (Recipe("fine", bits=4, block=64, zero_points=True, fine=("attn_qkv", "output")), {}),
         (RECIPES["int8"], {"metadata": LINEAR}),
         (RECIPES["int8"], {"metadata": PARTIAL}),
         *((RECIPES["int8"], {"architecture": name, "n_layer": 4}) for name in EXPRESSED),
     ],
-    ids=["int4", "odd-blocks", "odd-rows", "int8-zeros", "linear-rope", "partial-rope", *EXPRESSED],
+    ids=["int4", "odd-blocks", "odd-rows", "int8-zeros", "fine", "linear-rope", "partial-rope", *EXPRESSED],
 )
 def test_logits_are_those_of_the_onnx_backend(recipe: Recipe, model: dict[str, Any], tmp_path: Path) -> None:
     """The same weights, and activations rounded alike, over more than a block of the cache."""

@@ -15,12 +15,12 @@ from edge_spec.export.exporter import Export, _vectors, ensure_export, export_ke
 from edge_spec.export.forward import Forward
 from edge_spec.export.quantize import QuantizedRows, dequantize_rows, quantize_rows
 from edge_spec.export.reading import read_config
-from edge_spec.export.recipe import RECIPES
+from edge_spec.export.recipe import RECIPES, Recipe
 from edge_spec.formats.gguf import GGUFFile
 from tests.reference_decoder import reference_logits
 from tests.tiny_models import PECULIARITIES, write_tiny_gguf
 
-INT4 = RECIPES["int4-accurate"]
+INT4 = Recipe("corrected", bits=4, block=128, zero_points=True, corrected=True)
 
 
 def _corrections(inputs: Array, block: int) -> list[Run]:

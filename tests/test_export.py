@@ -21,6 +21,8 @@ from edge_spec.export.exporter import SOURCE, WEIGHTS
 from edge_spec.export.folder import DESCRIPTION
 from edge_spec.export.quantize import dequantize_rows, quantize_rows, repack_exact
 from edge_spec.export.reading import read_config
+from edge_spec.export.recipe import PROJECTIONS
+from edge_spec.export.stored import read_weights
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
 from tests.exported_values import exported_values
@@ -154,6 +156,36 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
         find_recipe("int3")
     with pytest.raises(UsageError, match="4 or 8"):
         Recipe("x", bits=3, block=32)
+    with pytest.raises(UsageError, match=r"fine=ffn_norm: .*ffn_down, output"):
+        Recipe("x", bits=4, block=32, fine=("attn_qkv", "ffn_norm"))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "phi3"])
+def test_projections_that_a_recipe_names_get_8_bits_and_no_others_do(architecture: str, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture=architecture)
+    recipe = Recipe("x", bits=4, block=32, zero_points=True, fine=("attn_qkv", "output"))
+    matrices = read_weights(export_model(path, recipe, tmp_path / "out", sha256=SHA)).matrices
+    fine = {name for name, parts in matrices.items() if any(part.bits == 8 for part in parts)}
+    assert fine == {"blk.0.attn_qkv", "blk.1.attn_qkv", "output"}
+    assert all((part.zeros is None) is (name in fine) for name, parts in matrices.items() for part in parts)
+    assert open_export(tmp_path / "out").recipe == recipe
+
+
+def test_layers_that_a_recipe_names_get_8_bits_counted_from_either_end(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", n_layer=4)
+    recipe = Recipe("x", bits=4, block=32, fine_layers=(1, -1, 9, -9))  # the last two are of longer models
+    matrices = read_weights(export_model(path, recipe, tmp_path / "out", sha256=SHA)).matrices
+    fine = {name for name, parts in matrices.items() if parts[0].bits == 8}
+    assert fine == {"blk.1.ffn_up", "blk.1.ffn_down", "blk.3.ffn_up", "blk.3.ffn_down"}
+
+
+def test_8_bits_for_every_projection_are_8_bits(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    exports = [
+        export_model(path, recipe, tmp_path / recipe.name, sha256=SHA)
+        for recipe in (Recipe("eight", bits=8, block=64), Recipe("fine", bits=4, block=64, fine=PROJECTIONS))
+    ]
+    assert exports[0].weights_file.read_bytes() == exports[1].weights_file.read_bytes()
 
 
 # What cannot be exported

@@ -85,7 +85,7 @@ def open_graph_export(path: Path) -> GraphExport:
         return GraphExport(
             path=path,
             config=GraphConfig(**described["decoder"]),
-            recipe=Recipe(**described["recipe"]),
+            recipe=Recipe.from_json(described["recipe"]),
             source_sha256=described["source_sha256"],
             weight_bytes=described["weight_bytes"],
         )
@@ -108,7 +108,7 @@ def ensure_graph_export(
 
     Raises what `export_graph` raises.
     """
-    identity = json.dumps([LAYOUT, GRAPH_VERSION, asdict(recipe)], sort_keys=True)
+    identity = json.dumps([LAYOUT, GRAPH_VERSION, recipe.to_json()], sort_keys=True)
     path = exports_dir / sha256 / f"{recipe.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     try:
         with exclusive(path.parent / "lock", note, checkpoint.name):
@@ -143,7 +143,7 @@ def export_graph(
     """
     if path.exists():
         raise UsageError(f"{path} exists already; remove it or name another folder")
-    if recipe.corrected:
+    if recipe.corrected or recipe.fine or recipe.fine_layers:
         raise UsageError(f"the recipe {recipe.name} is for GGUF sources: choose int4 or int8 for a checkpoint")
     if recipe.exact or recipe.head_rows:
         raise UsageError(f"the recipe {recipe.name} takes a GGUF: a checkpoint has no such tensors, and a whole head")
@@ -183,7 +183,7 @@ def export_graph(
             "layout": LAYOUT,
             "exporter_version": GRAPH_VERSION,
             "source_sha256": sha256,
-            "recipe": asdict(recipe),
+            "recipe": recipe.to_json(),
             "decoder": asdict(config),
             "weight_bytes": weight_bytes,
         }

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def open_export(path: Path) -> Export:
         return Export(
             path=path,
             config=DecoderConfig.from_json(described["decoder"]),
-            recipe=Recipe(**described["recipe"]),
+            recipe=Recipe.from_json(described["recipe"]),
             source_sha256=described["source_sha256"],
             weight_bytes=described["weight_bytes"],
             requantized=tuple(described["requantized"]),
@@ -153,7 +153,7 @@ def _whole_export(path: Path) -> Export | None:
 
 def export_key(recipe: Recipe) -> str:
     """What, besides the source, decides the bytes of an export, as eight hex digits."""
-    values = asdict(recipe)
+    values = recipe.to_json()
     if not recipe.corrected:
         del values["corrected"]  # exports from before there was such a thing are as good as new ones
     identity = json.dumps([EXPORTER_VERSION, values], sort_keys=True)
@@ -226,7 +226,7 @@ def _describe(
     described: dict[str, Any] = {
         "exporter_version": EXPORTER_VERSION,
         "source_sha256": sha256,
-        "recipe": asdict(recipe),
+        "recipe": recipe.to_json(),
         "decoder": config.to_json(),
         "weight_bytes": layout.weight_bytes,
         "requantized": sorted(requantized),

@@ -89,7 +89,7 @@ class Filler:
         self, jobs: Sequence[Job], inputs: Mapping[str, Array], weights: Mapping[str, Array], pool: ThreadPoolExecutor
     ) -> list[Future[None]]:
         """Begin to turn jobs whose `inputs` are known; `weights` of those that are in memory already."""
-        wanted = {_input(job): job.matrix for job in jobs if not job.exact}
+        wanted = {_input(job): job.matrix for job in jobs if job.corrected}
         if not all(np.isfinite(inputs[name]).all() for name, _ in wanted):
             like = jobs[0].tensor.name
             raise ModelFormatError(f"{self._gguf.path}: the inputs of {like} and its like are not finite")
@@ -99,7 +99,7 @@ class Filler:
         }
 
         def quantize(job: Job, rows: slice) -> QuantizedRows:
-            if job.exact:
+            if not job.corrected:
                 return self._quantize(job, rows)
             whole = weights.get(_part(job))
             return quantize_corrected(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edge_spec.export.architecture import DecoderConfig, tensor_shapes
 from edge_spec.export.graph import HEAD, Span, StoredMatrix
 from edge_spec.export.quantize import EXACT_BITS, EXACT_BLOCK
-from edge_spec.export.recipe import Recipe
+from edge_spec.export.recipe import FINE_BITS, Recipe
 from edge_spec.formats.gguf import TensorInfo, TensorTable
 
 ALIGNMENT = 4096
@@ -29,6 +29,8 @@ class Job:
     matrix: StoredMatrix
     first_row: int
     exact: bool
+    corrected: bool
+    """Whether its rounding makes up for its errors, where there is a text to learn that from."""
     picked: NDArray[np.int64] | None = None
     """The rows of the tensor to take; None takes all."""
 
@@ -66,7 +68,8 @@ def plan_layout(
     end = 0
     for name, tensors in _projections(source, config):
         matrices[name] = []
-        for bits, block, exact, group in _fuse(tensors, recipe):
+        fine = recipe.is_fine(name, config.n_layer)
+        for bits, block, exact, group in _fuse(tensors, recipe, fine):
             picked = head_ids if name == HEAD else None
             row_length = group[0].shape[1]
             n_rows = sum(tensor.shape[0] for tensor in group) if picked is None else len(picked)
@@ -74,14 +77,14 @@ def plan_layout(
             scales = Span(_align(packed.offset + packed.length), n_rows * (row_length // block) * 4)
             end = scales.offset + scales.length
             zeros = None
-            if recipe.zero_points and not exact:
+            if recipe.zero_points and not exact and not fine:
                 zeros = Span(_align(end), n_rows * -(-(row_length // block) * bits // 8))
                 end = zeros.offset + zeros.length
             matrix = StoredMatrix(n_rows, row_length, bits, block, packed, scales, zeros)
             matrices[name].append(matrix)
             first_row = 0
             for tensor in group:
-                jobs.append(Job(tensor, matrix, first_row, exact, picked))
+                jobs.append(Job(tensor, matrix, first_row, exact, recipe.corrected and not fine and not exact, picked))
                 first_row += tensor.shape[0]
     return Layout(matrices, jobs, end)
 
@@ -101,12 +104,12 @@ def _projections(source: TensorTable, config: DecoderConfig) -> Iterator[tuple[s
     yield HEAD, [source.tensors[config.head_tensor]]
 
 
-def _fuse(tensors: list[TensorInfo], recipe: Recipe) -> Iterator[tuple[int, int, bool, list[TensorInfo]]]:
+def _fuse(tensors: list[TensorInfo], recipe: Recipe, fine: bool) -> Iterator[tuple[int, int, bool, list[TensorInfo]]]:
     """Group neighbours that are stored alike: (bits, block, exact, tensors)."""
     groups: list[tuple[int, int, bool, list[TensorInfo]]] = []
     for tensor in tensors:
         exact = recipe.exact and tensor.type in EXACT_BITS
-        bits = EXACT_BITS[tensor.type] if exact else recipe.bits
+        bits = EXACT_BITS[tensor.type] if exact else FINE_BITS if fine else recipe.bits
         block = EXACT_BLOCK if exact else recipe.block_for(tensor.shape[1])
         if groups and groups[-1][:3] == (bits, block, exact):
             groups[-1][3].append(tensor)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from edge_spec.errors import UsageError
 from edge_spec.formats.gguf import TensorTable
+
+FINE_BITS = 8
+"""Bits of the projections that a recipe stores finer."""
+
+PROJECTIONS = ("attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "output")
+"""Kinds of projections, as the graph names them; `output` makes logits."""
+
+FINE_IN_LAYERS = ("ffn_up", "ffn_down")
+"""What is stored finer in the layers that a recipe names: the gates' bytes bring half as much."""
 
 BLOCKS = (256, 128, 64, 32, 16)
 """Block sizes that MatMulNBits takes, largest first."""
@@ -19,6 +29,9 @@ class Recipe:
     `exact` carries Q4_0 and Q8_0 tensors over bit for bit (blocks of 32); the others are stored as `bits` and `block`
     say. With `zero_points` a block's levels need not lie evenly around 0. `corrected`: rounding
     makes up for its errors (see `correct`), where the source's tokenizer and template can read the calibration text.
+    `fine` names kinds of projections (`attn_qkv`, `output`, ...) that get 8 bits in all layers; in `fine_layers`, where
+    negative ones count from the last, FINE_IN_LAYERS get them too. They are rounded to nearest, in the same blocks, and
+    have no zero points: there is next to nothing to correct or to shift.
     `head_rows`, if not 0, trims the output head to about as many tokens: for drafts only.
     """
 
@@ -29,12 +42,32 @@ class Recipe:
     zero_points: bool = False
     corrected: bool = False
     head_rows: int = 0
+    fine: tuple[str, ...] = ()
+    fine_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise UsageError(f"bits={self.bits}: the weights of an export have 4 or 8 bits")
         if self.block not in BLOCKS:
             raise UsageError(f"block={self.block}: choose one of {', '.join(map(str, sorted(BLOCKS)))}")
+        if unknown := set(self.fine) - set(PROJECTIONS):
+            raise UsageError(f"fine={', '.join(sorted(unknown))}: there are the projections {', '.join(PROJECTIONS)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for an export's metadata and its key, which stays what it was before anything was fine."""
+        return {name: value for name, value in asdict(self).items() if value or not name.startswith("fine")}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Recipe:
+        """The inverse of `to_json`; TypeError if fields are missing or unknown."""
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**plain)
+
+    def is_fine(self, projection: str, n_layer: int) -> bool:
+        """Whether a projection of a model of `n_layer` layers (`blk.3.ffn_down`, `output`) gets 8 bits."""
+        block, _, kind = projection.rpartition(".")
+        fine_layers = {layer % n_layer for layer in self.fine_layers if -n_layer <= layer < n_layer}
+        return kind in self.fine or (kind in FINE_IN_LAYERS and int(block.removeprefix("blk.")) in fine_layers)
 
     def block_for(self, row_length: int) -> int:
         """Largest block, at most the recipe's, that divides a row; UsageError if there is none."""
@@ -53,7 +86,16 @@ RECIPES = {
         Recipe("exact", bits=8, block=32, exact=True),
         Recipe("draft", bits=4, block=128, zero_points=True, head_rows=32768),
         # Closer to its source, but the model has to read a text first: over a minute, where int4 takes half of one.
-        Recipe("int4-accurate", bits=4, block=128, zero_points=True, corrected=True),
+        # What has 8 bits won most a byte in Qwen2.5-Coder 1.5B: see docs/quality.md.
+        Recipe(
+            "int4-accurate",
+            bits=4,
+            block=128,
+            zero_points=True,
+            corrected=True,
+            fine=("attn_qkv", "attn_output"),
+            fine_layers=(2, 3, 4, 5, -2, -1),
+        ),
         # Fewer scales to read and to apply: quicker passes, at a worse perplexity than int4's.
         Recipe("int4-fast", bits=4, block=256, zero_points=True, corrected=True),
         # Round to nearest and no more: what other recipes' passes and quality are measured against.
