@@ -170,11 +170,12 @@ def _text(count: Any, n_tokens: int) -> str:
     """About `n_tokens` tokens of this repository's pages, over and over: what repeats is drafted by look-up."""
     pages = "\n".join(page.read_text("utf-8") for page in sorted(_root().glob("docs/*.md")))
     per_token = 4000 / count(pages[:4000])
-    text = pages * (int(n_tokens * per_token * 2 / len(pages)) + 1)
-    length = int(n_tokens * per_token)
-    while count(text[:length]) > n_tokens:
-        length = int(length * 0.985)
-    return text[:length]
+    text = pages * (int(n_tokens * per_token * 4 / len(pages)) + 1)
+    low, high = 0, len(text)
+    while high - low > 4:  # characters: the longest text that has no more tokens
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(text[:middle]) <= n_tokens else (low, middle)
+    return text[:low]
 
 
 def _root() -> Path:
