@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import pytest
 from edge_spec.cores import RecommendedThreads, usable_processors
 from edge_spec.doctor.examination import LONG, SHORT, ModelTimes, _best, costs_from
 from edge_spec.doctor.passes import PassTime, fill, time_passes
-from edge_spec.drafting import Costs
+from edge_spec.drafting import Costs, Growth
 from edge_spec.store import Store
 from tests.fake_engine import run
 from tests.fakes import FakeLM
@@ -76,24 +76,31 @@ def times_of(passes: list[PassTime]) -> ModelTimes:
 
 
 def test_passes_at_other_lengths_cost_what_lies_on_the_line_through_both_that_were_timed() -> None:
+    spec = replace(FakeLM().spec, max_rows=8, row_alignment=2, kv_bytes_per_token=100, weight_bytes=10**6)
+    growth = Growth.guess(spec.kv_bytes_per_token, spec.weight_bytes)
+
     def seconds(rows: int, cached: int) -> float:
-        return 0.030 + 0.009 * rows + (8e-6 + 1e-6 * rows) * cached
+        return 0.030 + 0.009 * rows + 1.5 * growth.passes(rows, cached) * 0.048  # a pass of two rows: the narrowest
 
-    def passes(widths: Sequence[int], share: float = 1.0) -> list[PassTime]:
-        return [PassTime(cached, n, share * seconds(n, cached)) for cached in (SHORT, LONG) for n in widths]
+    def draft_seconds(rows: int, cached: int) -> float:
+        return 0.010 + 0.001 * rows + 0.8 * growth.passes(rows, cached) * 0.011
 
-    spec = replace(FakeLM().spec, max_rows=8, row_alignment=2)
-    opened: Any = SimpleNamespace(target=SimpleNamespace(model=SimpleNamespace(spec=spec)))
-    costs = costs_from(opened, times_of(passes((2, 4, 8, 16, 32))), times_of(passes((1, 2, 4), 0.3)))
+    def passes(widths: Sequence[int], cost: Callable[[int, int], float]) -> list[PassTime]:
+        return [PassTime(cached, n, cost(n, cached)) for cached in (SHORT, LONG) for n in widths]
+
+    model = SimpleNamespace(model=SimpleNamespace(spec=spec))
+    opened: Any = SimpleNamespace(target=model, draft=model)
+    timed = times_of(passes((2, 4, 8, 16, 32), seconds)), times_of(passes((1, 2, 4), draft_seconds))
+    costs = costs_from(opened, *timed)
     for cached in (0, SHORT, LONG, 3000):
         costs.move(cached)
-        for rows in (2, 4, 6, 8):
+        for rows in (2, 4, 8):
             assert costs.target_s(rows) == pytest.approx(seconds(rows, cached))
-        assert costs.draft_s == pytest.approx(0.3 * seconds(1, cached))
+        assert costs.draft_s == pytest.approx(draft_seconds(1, cached))
 
 
 def test_where_one_length_was_timed_the_guess_of_the_other_stays() -> None:
-    opened: Any = SimpleNamespace(target=SimpleNamespace(model=SimpleNamespace(spec=FakeLM(max_rows=4).spec)))
+    opened: Any = SimpleNamespace(target=SimpleNamespace(model=FakeLM(max_rows=4)), draft=None)
     known = costs_from(opened, times_of([PassTime(SHORT, n, 0.03 + 0.01 * n) for n in (1, 2, 4)]), None).to_json()
     assert "growth" not in known
 

@@ -12,7 +12,7 @@ from edge_spec.export.exporter import export_model
 from edge_spec.export.recipe import RECIPES
 from edge_spec.loading import KV_TYPES as LOADABLE
 from edge_spec.memory import Owner, Settings, estimate, facts_of_export, facts_of_gguf
-from edge_spec.memory.compute import rope_bytes
+from edge_spec.memory.compute import llama_scheduler_bytes, rope_bytes
 from edge_spec.memory.kv import KV_TYPES, cache_bytes, find_kv_type
 from edge_spec.memory.weights import stored_bytes, stored_matrices
 from tests.gguf_builder import write_gguf
@@ -78,6 +78,12 @@ def test_llama_cpp_touches_its_cache_while_loading_and_onnx_runtime_when_text_is
 
     assert more("llama") == cache_bytes(facts, 32768 - 2048, "llama", find_kv_type(None, "llama"))
     assert more("onnx") <= rope_bytes(facts, 32768) - rope_bytes(facts, 2048)
+
+
+def test_each_model_on_llama_cpp_sets_a_scheduler_aside(tmp_path: Path) -> None:
+    facts = facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf"))
+    alone, pair = (estimate(facts, draft, Settings(backend="llama", threads=1)) for draft in (None, facts))
+    assert pair.reserved_bytes - alone.reserved_bytes > llama_scheduler_bytes(facts) > 1024 * 60 * 336
 
 
 def test_a_draft_counts_in_full(tmp_path: Path) -> None:

@@ -189,6 +189,9 @@ def test_what_loading_leaves_behind_is_foretold(backend: str, smollm2_path: Path
 @linux_only
 def test_what_was_estimated_is_enough_and_with_less_to_allocate_nothing_is_killed(smollm2_path: Path) -> None:
     cell = Cell(model="smollm2-135m", backend="onnx", n_ctx=256)
+    drafted = Cell(model="smollm2-135m", backend="llama", n_ctx=256, draft="smollm2-135m")
+    (outcome,) = islice(run_limited(drafted, foretell(drafted, Store(), path_of={})), 1)
+    assert outcome.good, f"{outcome.kind} with a draft on llama: {outcome.word}; {outcome.said}"
     # RLIMIT_DATA at each share, then the whole in a control group; one with less kills what was not planned for it.
     for outcome in islice(run_limited(cell, foretell(cell, Store(), path_of={})), len(SHARES) + 1):
         assert outcome.good, f"{outcome.kind} at {outcome.share}: {outcome.word}; {outcome.said}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pruning_report.figures import Figures, table
+from pruning_report.figures import Figures, summary, table
 from pruning_report.texts import fact, needle, problem
 
 SETUP = {"pair": None, "sentences": 16}
@@ -43,6 +43,13 @@ def test_the_table_leaves_out_what_is_no_figure(tmp_path: Path) -> None:
     figures = Figures(tmp_path / "report.json", SETUP, None)
     figures.put("chat", "20 turns", {"ratio": 0.38642, "read_tokens": [64, 51]})
     assert table(figures.report).splitlines()[1:] == ["| chat | ratio |", "|---|---|", "| 20 turns | 0.3864 |"]
+
+
+def test_the_summary_has_each_tasks_median_and_range() -> None:
+    rows = {f"rag-{i}": {"ratio": ratio, "shared_words": 0.5} for i, ratio in enumerate((0.9, 0.5, 0.6))}
+    (line,) = summary({"sections": {"workload": rows}})
+    assert line.startswith("rag, keep 0.5: time to the first token 0.60")
+    assert "median of 3 prompts, 0.50 to 0.90" in line
 
 
 def test_facts_stand_in_their_texts_and_no_two_are_alike() -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pruning_report import chat, workload
-from pruning_report.figures import Figures, table
+from pruning_report.figures import Figures, summary, table
 from pruning_report.policies import Outcome, answer, perplexity, recall
 from pruning_report.texts import Question, fact, needle, problem
 
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for section in sections:
             _run(section, engine, options, figures)
     print(table(figures.report))
+    print("\n".join(["", *summary(figures.report)]))
     if figures.num_left:
         print(f"{figures.num_left} rows are left: the same command goes on with them", file=sys.stderr)
     return 1 if figures.num_left else 0

@@ -17,14 +17,15 @@ from edge_spec.drafting import Costs, Growth, fit_growth
 from edge_spec.loading import Loader, StageProgress, processor_key
 from edge_spec.opening import LoadRequest, OpenedModels, open_models
 from edge_spec.store import Store
-from edge_spec.types import Output
+from edge_spec.types import ModelSpec, Output
 
 SHORT, LONG = 256, 768
 """Cached tokens that passes are timed behind."""
 TARGET_ROWS = (*range(1, 17), 32)
 DRAFT_ROWS = (1, 2, 4, 8)
-_TARGET_S, _DRAFT_S, _THREADS_S = 2.5, 0.7, 0.5
-"""Seconds for the passes of each length of context, and of each number of threads; each is timed at least once."""
+_TARGET_S, _DRAFT_S, _THREADS_S = 1.3, 0.5, 0.5
+"""Seconds for the passes of one visit to a length of context, and of each number of threads; each is timed once at
+least."""
 _REPEATS = 9
 _LEAST_GAIN = 0.03
 """A larger number of threads has to be faster by this share to be recommended."""
@@ -121,10 +122,10 @@ def costs_from(opened: OpenedModels, target: ModelTimes, draft: ModelTimes | Non
     """What was timed, as the planner wants it; for passes behind `SHORT` tokens until it is told of others."""
     spec = opened.target.model.spec
     costs = Costs(max_rows=spec.max_rows, alignment=spec.row_alignment or 1)
-    growth, bases = _growth(target, spec.max_rows)
+    growth, bases = _growth(target, spec, spec.max_rows)
     kept: dict[str, object] = {"target": {str(rows): seconds for rows, seconds in bases.items()}}
-    if draft is not None:
-        draft_growth, draft_bases = _growth(draft, max(DRAFT_ROWS))
+    if draft is not None and opened.draft is not None:
+        draft_growth, draft_bases = _growth(draft, opened.draft.model.spec, max(DRAFT_ROWS))
         kept |= {"draft_s": draft_bases[min(draft_bases)], "read_s": 1 / draft.reading_tokens_per_s}
         kept |= {"draft_growth": _shares(draft_growth)} if draft_growth else {}
     costs.restore(kept | ({"growth": _shares(growth)} if growth else {}))
@@ -132,13 +133,14 @@ def costs_from(opened: OpenedModels, target: ModelTimes, draft: ModelTimes | Non
     return costs
 
 
-def _growth(times: ModelTimes, max_rows: int) -> tuple[Growth | None, dict[int, float]]:
+def _growth(times: ModelTimes, spec: ModelSpec, max_rows: int) -> tuple[Growth | None, dict[int, float]]:
     """What a cached token adds, None if one length only was timed; and seconds by rows behind nothing."""
     short, long = (
         {p.rows: p.seconds for p in times.passes if p.cached == cached and p.rows <= max_rows}
         for cached in (SHORT, LONG)
     )
-    return fit_growth(short, long, (SHORT, LONG)) if long else (None, short)
+    guess = Growth.guess(spec.kv_bytes_per_token, spec.weight_bytes)
+    return fit_growth(short, long, (SHORT, LONG), guess) if long else (None, short)
 
 
 def _shares(growth: Growth) -> list[float]:
@@ -152,12 +154,17 @@ def _time_model(
     alignment = model.spec.row_alignment or 1
     widths = sorted({round_up(n, alignment) for n in rows})
     fill(model, SHORT)
-    passes = time_passes(model, widths, repeats=_REPEATS, budget_s=budget_s, want=want)
+    before = time_passes(model, widths, repeats=_REPEATS, budget_s=budget_s, want=want)
     if model.spec.n_ctx < LONG + max(widths):
         model.rollback(0)
-        return fill(model, SHORT), tuple(passes)
+        return fill(model, SHORT), tuple(before)
     speed = fill(model, LONG)
-    return speed, (*passes, *time_passes(model, widths, repeats=_REPEATS, budget_s=budget_s / 2, want=want))
+    long = time_passes(model, widths, repeats=_REPEATS, budget_s=budget_s, want=want)
+    # Once more behind the short context: a machine that slowed down meanwhile would look like one that dislikes length.
+    model.rollback(SHORT)
+    after = time_passes(model, widths, repeats=_REPEATS, budget_s=budget_s, want=want)
+    short = [replace(one, seconds=(one.seconds + other.seconds) / 2) for one, other in zip(before, after, strict=True)]
+    return speed, (*short, *long)
 
 
 def _try_threads(request: LoadRequest, store: Store, progress: StageProgress | None) -> dict[int, float]:

@@ -6,9 +6,9 @@ from collections import deque
 from math import inf
 
 _KEPT = 16
-_PRIOR_WEIGHT = 1.0
-"""In answers. Before any is known: an answer of n tokens has as much again before it with a chance of one half, and x
-more with n / (n + x), whatever n is."""
+_PRIOR_WEIGHT, _PRIOR_TAIL = 1.0, 0.35
+"""In answers: what stands for those that are not known. One of n tokens goes on for x more with (n / (n + x)) ** tail,
+whatever n is. With a tail of 1 an answer of any length never seems worth reading a prompt for."""
 _SURE = 0.72
 """Chance with which an answer should last as long as is said. Replayed on recorded answers: 0.6 loses more by answers
 that end early than it wins by others, 0.8 waits too long."""
@@ -32,6 +32,6 @@ class AnswerLengths:
         best = 0.0
         for ended, end in enumerate([*later, inf]):
             missing = needed - (len(later) - ended)
-            bound = written * (_PRIOR_WEIGHT / missing - 1) if missing > 0 else inf
+            bound = written * ((_PRIOR_WEIGHT / missing) ** (1 / _PRIOR_TAIL) - 1) if missing > 0 else inf
             best = max(best, min(bound, end))
         return best

@@ -72,6 +72,24 @@ _ARENA = 2 << 20
 _OPENVINO_WIDTHS = 6.4
 
 
+def llama_scheduler_bytes(facts: ModelFacts) -> int:
+    """What llama.cpp's scheduler asks for and hardly touches: room for 30 copied inputs, twice, at every node that a
+    graph may have, each a tensor's description and four numbers.
+
+    Source: `ggml-backend.cpp` (ggml_backend_sched_new), `llama-context.cpp` (graph_max_nodes).
+    """
+    n_nodes = max(1024, 8 * len(facts.tensors))
+    if facts.architecture in _LLAMA_LARGE_GRAPHS:
+        n_nodes = max(40 * LLAMA_UBATCH, 32 * len(facts.tensors))
+    copies = 2 * _LLAMA_SPLIT_INPUTS
+    return n_nodes * (copies * _GGML_TENSOR_BYTES + 4 * 4 * (copies + 1))
+
+
+_LLAMA_LARGE_GRAPHS = ("qwen3next", "qwen35")
+_LLAMA_SPLIT_INPUTS = 30
+_GGML_TENSOR_BYTES = 336
+
+
 def llama_buffers(facts: ModelFacts, n_ctx: int, batch: int, max_rows: int) -> tuple[int, int]:
     """llama.cpp's compute buffer as it is allocated, and how much of it passes of `batch` tokens touch.
 

@@ -148,10 +148,11 @@ def _llama_parts(model: _Model) -> list[Component]:
         raise UsageError(f"{facts.name} is an export; the llama backend runs GGUF files")
     weights = llama_weights(facts, settings.machine, settings.cpu_features)
     allocated, touched = compute.llama_buffers(facts, settings.n_ctx, settings.batch, settings.max_rows)
+    reserved = allocated - touched + compute.llama_scheduler_bytes(facts)
     parts = [
         model.part("weights", weights.anonymous, mapped_bytes=weights.mapped, touched_bytes=weights.touched),
         model.cache(),
-        model.part("compute buffers", touched, reserved_bytes=allocated - touched, filled_later=True),
+        model.part("compute buffers", touched, reserved_bytes=reserved, filled_later=True),
         model.part("logits", settings.max_rows * facts.n_vocab * 4, filled_later=True),
         model.library(),
     ]

@@ -41,7 +41,7 @@ HISTORY = 24 * MIB
 REACHED_ROWS = 1024
 """Most rows of a trimmed head that are kept beside it (`backends.trimmed_head`)."""
 
-RESERVED = {"onnx": 8 * MIB, "openvino": 94 * MIB, "llama": 30 * MIB}
+RESERVED = {"onnx": 8 * MIB, "openvino": 94 * MIB, "llama": 4 * MIB}
 RESERVED_PER_PROCESSOR = 40 * MIB
 RESERVED_PER_THREAD = 8 * MIB
 """Address space that is set aside, and counted by RLIMIT_DATA, but not touched: the libraries' arenas; for every

@@ -53,6 +53,7 @@ def figures(results: Sequence[Compared]) -> dict[str, Any]:
     """What a grid comes to. Errors are absolute, but for the worst underestimate (0 where there is none)."""
     shares = [abs(result.error) for result in results]
     sizes = [abs(result.error_bytes) for result in results]
+    loading = [result.load_error_bytes for result in results]
     within = [abs(r.error) <= 0.07 or abs(r.error_bytes) <= 32 * MIB for r in results]
     return {
         "cells": len(results),
@@ -61,6 +62,8 @@ def figures(results: Sequence[Compared]) -> dict[str, Any]:
         "p95_error_bytes": _p95(sizes),
         "within_7_percent_or_32_mib": sum(within) / len(within),
         "worst_underestimate_bytes": -min(0, *(result.error_bytes for result in results), 0),
+        "worst_load_underestimate_bytes": -min(0, *loading, 0),
+        "worst_load_overestimate_bytes": max(0, *loading, 0),
         "beyond_band": [result.cell.name for result in results if result.beyond_band],
         "cache_and_weights_differ": [result.cell.name for result in results if result.differences()],
     }
@@ -88,7 +91,9 @@ def _summary(results: Sequence[Compared]) -> list[str]:
             f"percentile {100 * found['p95_error']:.1f} % or {found['p95_error_bytes'] / MIB:.1f} MiB; "
             f"{100 * found['within_7_percent_or_32_mib']:.0f} % of the cells within 7 % or 32 MiB. Worst underestimate "
             f"{found['worst_underestimate_bytes'] / MIB:.1f} MiB; beyond the band: "
-            f"{', '.join(found['beyond_band']) or 'none'}."
+            f"{', '.join(found['beyond_band']) or 'none'}. While loading: at most "
+            f"{found['worst_load_underestimate_bytes'] / MIB:.1f} MiB too low, "
+            f"{found['worst_load_overestimate_bytes'] / MIB:.1f} too high."
         )
     differ = figures(results)["cache_and_weights_differ"]
     return [*lines, f"Cache or weights not equal: {', '.join(differ) or 'none'}."]

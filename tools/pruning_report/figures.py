@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from time import monotonic
 from typing import Any
 
@@ -58,6 +59,27 @@ def table(report: dict[str, Any]) -> str:
         for name, row in rows.items():
             lines.append(f"| {name} | {' | '.join(_told(row.get(column)) for column in columns)} |")
     return "\n".join(lines)
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """What the chat and the workload come to, a line for the chat and one for each task."""
+    sections, lines = report["sections"], []
+    for name, chat in sections.get("chat", {}).items():
+        last = chat["answers"]["recent turn"]
+        lines.append(
+            f"chat, {name}: time to the first token {chat['ratio']:.2f} of re-reading, {chat['paid_for_more']} turns "
+            f"read more than what is new or moved, the last answer is {'right' if last['pruned_is_right'] else 'wrong'}"
+            f" and {'the same text' if last['same_text'] else 'another text'} as behind all turns"
+        )
+    rows = sections.get("workload", {})
+    for task in dict.fromkeys(name.partition("-")[0] for name in rows):
+        ratios = sorted(row["ratio"] for name, row in rows.items() if name.startswith(f"{task}-"))
+        shared = median(row["shared_words"] for name, row in rows.items() if name.startswith(f"{task}-"))
+        lines.append(
+            f"{task}, keep 0.5: time to the first token {median(ratios):.2f} of reading the whole (median of "
+            f"{len(ratios)} prompts, {ratios[0]:.2f} to {ratios[-1]:.2f}), shared words {shared:.2f}"
+        )
+    return lines
 
 
 def _is_short(value: object) -> bool:
