@@ -108,6 +108,7 @@ def ensure_graph_export(
 
     Raises what `export_graph` raises.
     """
+    recipe = recipe.throughout()
     identity = json.dumps([LAYOUT, GRAPH_VERSION, recipe.to_json()], sort_keys=True)
     path = exports_dir / sha256 / f"{recipe.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     try:
@@ -138,12 +139,16 @@ def export_graph(
 ) -> GraphExport:
     """Export a checkpoint into the new folder `path`, which appears whole or not at all.
 
-    The checkpoint itself is checked before optimum is started. Raises ModelFormatError, UnsupportedArchitectureError,
-    BackendError, StorageError, UsageError if `path` exists, and what `find_python` raises.
+    The checkpoint itself is checked before optimum is started. Its projections have names of their own, so a recipe
+    that stores some of them finer stores all alike (`Recipe.throughout`).
+
+    Raises ModelFormatError, UnsupportedArchitectureError, BackendError, StorageError, UsageError if `path` exists, and
+    what `find_python` raises.
     """
     if path.exists():
         raise UsageError(f"{path} exists already; remove it or name another folder")
-    if recipe.corrected or recipe.fine or recipe.fine_layers:
+    recipe = recipe.throughout()
+    if recipe.corrected:
         raise UsageError(f"the recipe {recipe.name} is for GGUF sources: choose int4 or int8 for a checkpoint")
     if recipe.exact or recipe.head_rows:
         raise UsageError(f"the recipe {recipe.name} takes a GGUF: a checkpoint has no such tensors, and a whole head")

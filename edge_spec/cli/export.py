@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -224,6 +225,7 @@ def _choose(path: Path | None, name: str | None, bits: int | None, block: int | 
             default = default_recipe(opened)
     if not own:
         return default
+    default = default.throughout()
     bits, block = bits or default.bits, block or default.block
-    known = (recipe for recipe in RECIPES.values() if (recipe.bits, recipe.block, recipe.exact) == (bits, block, False))
-    return next(known, Recipe(f"int{bits}-block{block}", bits=bits, block=block, zero_points=bits == 4))
+    chosen = Recipe(f"int{bits}-block{block}", bits=bits, block=block, zero_points=bits == 4)
+    return next((recipe for recipe in RECIPES.values() if replace(recipe, name=chosen.name) == chosen), chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edge_spec.errors import UsageError
@@ -69,6 +69,12 @@ class Recipe:
         fine_layers = {layer % n_layer for layer in self.fine_layers if -n_layer <= layer < n_layer}
         return kind in self.fine or (kind in FINE_IN_LAYERS and int(block.removeprefix("blk.")) in fine_layers)
 
+    def throughout(self) -> Recipe:
+        """The same for a graph whose projections have no names that are known: all alike, in blocks of at most 128,
+        since long ones need the finer parts."""
+        unnamed = bool(self.fine or self.fine_layers)
+        return replace(self, block=min(self.block, 128), fine=(), fine_layers=()) if unnamed else self
+
     def block_for(self, row_length: int) -> int:
         """Largest block, at most the recipe's, that divides a row; UsageError if there is none."""
         for block in BLOCKS:
@@ -80,7 +86,8 @@ class Recipe:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("int4", bits=4, block=128, zero_points=True),
+        # Long blocks make passes quick, and 8 bits in attention more than make up for what they lose: docs/quality.md.
+        Recipe("int4", bits=4, block=256, zero_points=True, fine=("attn_qkv", "attn_output")),
         # Small blocks: at 8 bits the error is that of the activations, which share the blocks of the weights.
         Recipe("int8", bits=8, block=32),
         Recipe("exact", bits=8, block=32, exact=True),
@@ -96,7 +103,7 @@ RECIPES = {
             fine=("attn_qkv", "attn_output"),
             fine_layers=(2, 3, 4, 5, -2, -1),
         ),
-        # Fewer scales to read and to apply: quicker passes, at a worse perplexity than int4's.
+        # The fewest bytes and the quickest passes, at a worse agreement and perplexity than int4's.
         Recipe("int4-fast", bits=4, block=256, zero_points=True, corrected=True),
         # Round to nearest and no more: what other recipes' passes and quality are measured against.
         Recipe("int4-plain", bits=4, block=128),
