@@ -29,7 +29,6 @@ from edge_spec.export.folder import is_export, read_description
 from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
 from edge_spec.export.source import open_source, refusal_of
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.memory.huge_pages import collapse_when_idle, full_blocks
 from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer
 
@@ -163,15 +162,8 @@ class Loader:
         """Load a model with a cache of `n_ctx` tokens.
 
         `aligned`: pad its passes so that a row's logits do not depend on what else is in the pass. An architecture
-        that the exporter does not know runs on llama.cpp, if that is installed, and says so. What was loaded goes onto
-        huge pages while nobody waits.
+        that the exporter does not know runs on llama.cpp, if that is installed, and says so.
         """
-        held = full_blocks()
-        loaded = self._load(source, n_ctx, recipe, aligned)
-        collapse_when_idle(full_blocks() - held)
-        return loaded
-
-    def _load(self, source: Source, n_ctx: int, recipe: Recipe | None, aligned: bool) -> LoadedModel:
         if self.backend == "llama":
             return self._load_llama(source, n_ctx)
         if self.backend == "openvino":

@@ -100,7 +100,7 @@ class Planner(Drafter):
         self._guesses: list[Draft] = []
         self._guessed_at = 0
         self._prompt_length = self._max_length = self._length = 0
-        self._written, self._uncopied = _WRITTEN, _UNCOPIED
+        self._uncopied = _UNCOPIED
         self._purse = Purse()
         self._passes = 0
         """Of the model, for the draft of this step."""
@@ -126,7 +126,7 @@ class Planner(Drafter):
         self._length = 0
         self._purse = Purse()
         self._guesses = []
-        self._written, self._uncopied = _WRITTEN, _UNCOPIED
+        self._uncopied = _UNCOPIED
         self._prompt_length, self._max_length = request.prompt_length, request.max_length
         for copier in self._copiers:
             copier.start(request)
@@ -161,7 +161,6 @@ class Planner(Drafter):
         book = self._book
         written = verdict.num_accepted + 1
         self._length += written
-        self._written += written
         self._uncopied += 0 if draft.source in book.copies else written
         if self._given_model is not None and draft.source == self._given_model.name:
             book.model.observe_draft(draft.confidence, verdict.num_accepted)
@@ -233,7 +232,7 @@ class Planner(Drafter):
         if not self._purse.pays_reading(reading_s / book.costs.target_s(1)):
             return None, 0.0
         tokens_left = min(self._max_length - len(context), book.lengths.left(self._length))
-        return model, reading_s / max(1.0, tokens_left * self._uncopied / self._written)
+        return model, reading_s / max(1.0, tokens_left * self._uncopied / (_WRITTEN + self._length))
 
     def _best_beginning(self, draft: Draft) -> tuple[float, Draft]:
         """What as much of a copied draft as is worth its rows is worth, by this book, and that much of it."""
