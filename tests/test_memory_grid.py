@@ -184,6 +184,7 @@ def test_what_loading_leaves_behind_is_foretold(backend: str, smollm2_path: Path
     cell = Cell(model="smollm2-135m", backend=backend, n_ctx=1024)  # llama.cpp's cache takes 22 MiB of it
     store = Store()  # an export that the measured process makes itself leaves more behind
     ensure_export(smollm2_path, store.resolve("smollm2-135m").sha256, RECIPES["int4"], store.exports_dir)
+    measure(cell)  # the first load of an export runs its row check too, with buffers that else come with the answer
     compared = Compared(cell, foretell(cell, Store(), path_of={}), measure(cell))
     assert compared.measured.finished, compared.measured.error
     assert abs(compared.load_error_bytes) <= 8 * MIB
