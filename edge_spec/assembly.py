@@ -100,16 +100,16 @@ class References:
         return self._ids
 
 
-class KeptCosts:
-    """What a planner learnt of the machine, from run to run."""
+class KeptLessons:
+    """What a planner learnt, of the machine and of the texts, from run to run."""
 
     def __init__(self, cache: CacheFile, key: str) -> None:
         self._cache = cache
         self._key = key
 
     @classmethod
-    def of(cls, request: LoadRequest, models: OpenedModels, store: Store) -> KeptCosts:
-        """The costs of these models on this machine, on these backends."""
+    def of(cls, request: LoadRequest, models: OpenedModels, store: Store) -> KeptLessons:
+        """The lessons about these models on this machine, on these backends."""
         draft = "no draft"
         if request.draft_source and models.draft:
             draft = f"{request.draft_source.sha256} {engine_key(models.draft.backend)}"
@@ -121,17 +121,17 @@ class KeptCosts:
         """Give a planner what an earlier run learnt."""
         kept = self._cache.get(self._key)
         if isinstance(drafter, Planner) and isinstance(kept, dict):
-            drafter.costs.restore(kept)
+            drafter.restore(kept)
 
     def keep(self, drafter: Drafter) -> None:
-        """Keep what a planner has learnt."""
-        if isinstance(drafter, Planner):
-            self.put(drafter.costs)
+        """Keep what a planner has learnt, if anything."""
+        if isinstance(drafter, Planner) and (known := drafter.to_json()):
+            self._cache.put(self._key, known)
 
     def put(self, costs: Costs) -> None:
-        """Keep these costs, if anything is known."""
-        if known := costs.to_json():
-            self._cache.put(self._key, known)
+        """Keep these costs, beside what is known of the texts."""
+        kept = self._cache.get(self._key)
+        self._cache.put(self._key, (kept if isinstance(kept, dict) else {}) | costs.to_json())
 
 
 def describe(fitted: FittedRequest, models: OpenedModels, drafter: str, load_s: float) -> EngineInfo:

@@ -14,7 +14,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.assembly import KeptCosts, References, describe, make_drafters, past_answers
+from edge_spec.assembly import KeptLessons, References, describe, make_drafters, past_answers
 from edge_spec.chat_template import ChatTemplate
 from edge_spec.context import Surprisal, draft_score, report
 from edge_spec.conversation import Chat
@@ -67,7 +67,7 @@ class Engine:
         source: Source,
         target: Session,
         drafters: dict[str, Drafter],
-        kept: KeptCosts,
+        kept: KeptLessons,
         *,
         governor: Governor,
         ladder: Ladder,
@@ -176,7 +176,7 @@ class Engine:
             request.source,
             session,
             drafters,
-            KeptCosts.of(request, models, store),
+            KeptLessons.of(request, models, store),
             governor=make_governor(fitted.budget, ladder),
             ladder=ladder,
             default=drafter,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -315,6 +317,57 @@ def test_where_answers_are_short_the_draft_reads_later(clock: Clock) -> None:
             list(decoder.generate([start], max_tokens=usual))
         waits.append(first_drafted(decoder, [3 + i % 50 for i in range(0, 3 * 20, 3)]))
     assert waits[0] < waits[1]
+
+
+def planner_of(decoder: SpeculativeDecoder) -> Planner:
+    assert isinstance(decoder._drafter, Planner)
+    return decoder._drafter
+
+
+def lessons_of(decoder: SpeculativeDecoder) -> dict[str, Any]:
+    """What its planner learnt, as the next run reads it."""
+    return json.loads(json.dumps(planner_of(decoder).to_json()))  # type: ignore[no-any-return]
+
+
+def drafted_after(clock: Clock, lessons: dict[str, object]) -> list[int]:
+    """What a planner with these lessons drafts by step, with a model that is always wrong."""
+    clock.now = 0.0  # or differences round otherwise than in another run
+    decoder = decoder_of(clock, target=(0.030, 0.006), draft=(0.010, 0.001), draft_seed=7)
+    planner_of(decoder).restore(lessons)
+    return [step.drafted for step in decoder.generate([1, 2, 3], max_tokens=90)]
+
+
+def test_the_next_run_knows_what_became_of_drafts(clock: Clock) -> None:
+    decoder = decoder_of(clock, target=(0.030, 0.006), draft=(0.010, 0.001), draft_seed=7)
+    for _ in range(3):
+        list(decoder.generate([1, 2, 3], max_tokens=90))
+    lessons = lessons_of(decoder)
+    assert sum(drafted_after(clock, lessons)) < sum(drafted_after(clock, {**lessons, "chances": {}}))
+
+
+def test_the_next_run_knows_how_long_answers_get(clock: Clock) -> None:
+    waits = []
+    for usual in (100, 12):
+        before, decoder = (decoder_of(clock, target=(0.030, 0.010), draft=(0.004, 0.002)) for _ in range(2))
+        for start in range(16):
+            list(before.generate([start], max_tokens=usual))
+        planner_of(decoder).restore({"lengths": lessons_of(before)["lengths"]})
+        waits.append(first_drafted(decoder, [3 + i % 50 for i in range(0, 3 * 20, 3)]))
+    assert waits[0] < waits[1]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"lengths": "long", "chances": [1]},
+        {"lengths": [3, -1], "chances": {"model": {"hits": [1.0], "counts": [1.0], "mean": 0.5}}},
+        {"lengths": [0], "chances": {"model": {"hits": [9.0] * 7, "counts": [1.0] * 7, "mean": 0.5}, "lookup": None}},
+        {"lengths": [True], "chances": {"model": {"hits": [0.0] * 7, "counts": [0.0] * 7, "mean": 0.5}}},
+        {"chances": {"model": {"hits": ["1"] * 7, "counts": [1.0] * 7, "mean": 2.0}}},
+    ],
+)
+def test_lessons_that_make_no_sense_change_nothing(clock: Clock, nonsense: dict[str, object]) -> None:
+    assert drafted_after(clock, nonsense) == drafted_after(clock, {})
 
 
 class Overconfident(Drafter):

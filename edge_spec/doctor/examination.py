@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from edge_spec.assembly import KeptCosts
+from edge_spec.assembly import KeptLessons
 from edge_spec.backends.alignment import round_up
 from edge_spec.backends.base import CausalLM
 from edge_spec.cores import RecommendedThreads, usable_cores, usable_processors
@@ -103,7 +103,7 @@ def examine(
                 times[role] = ModelTimes(spec.name, one.backend, one.recipe, spec.row_alignment, speed, passes)
                 _report(progress, f"time {one.model.spec.name}", 1)
         costs = costs_from(opened, times["target"], times.get("draft"))
-        KeptCosts.of(request, opened, store).put(costs)
+        KeptLessons.of(request, opened, store).put(costs)
     finally:
         for one in loaded.values():
             if one is not None:

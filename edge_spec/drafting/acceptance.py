@@ -56,5 +56,23 @@ class Acceptance:
         for i, value in enumerate(confidence[: num_accepted + 1]):
             self.observe(value, i < num_accepted)
 
+    def to_json(self) -> dict[str, object]:
+        """For the next run."""
+        return {"hits": self._hits, "counts": self._counts, "mean": self._mean}
+
+    def restore(self, kept: object) -> None:
+        """Start from what `to_json` gave; what does not fit is ignored, since it is only a better guess."""
+        if not isinstance(kept, dict):
+            return
+        hits, counts, mean = _numbers(kept.get("hits")), _numbers(kept.get("counts")), kept.get("mean")
+        if not (len(hits) == len(counts) == len(self._edges) and isinstance(mean, float) and 0 <= mean <= 1):
+            return
+        if all(0 <= hit <= count and count > 0 for hit, count in zip(hits, counts, strict=True)):
+            self._hits, self._counts, self._mean = hits, counts, mean
+
     def _step(self, confidence: float) -> int:
         return max(0, bisect_right(self._edges, confidence) - 1)
+
+
+def _numbers(value: object) -> list[float]:
+    return value if isinstance(value, list) and all(isinstance(number, float) for number in value) else []

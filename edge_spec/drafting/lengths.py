@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Iterator
 from math import inf
 
 _KEPT = 16
@@ -17,8 +18,12 @@ that end early than it wins by others, 0.8 waits too long."""
 class AnswerLengths:
     """The lengths of the latest answers, in tokens, and what they say of one that is being written."""
 
-    def __init__(self) -> None:
-        self._lengths: deque[int] = deque(maxlen=_KEPT)
+    def __init__(self, lengths: Iterable[int] = ()) -> None:
+        self._lengths = deque(lengths, maxlen=_KEPT)
+
+    def __iter__(self) -> Iterator[int]:
+        """The oldest first."""
+        return iter(self._lengths)
 
     def add(self, length: int) -> None:
         """An answer ended after `length` tokens."""

@@ -11,7 +11,7 @@ That goes by expectations, and one answer may disappoint them all. So what can b
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 
@@ -57,6 +57,20 @@ class Book:
         """
         self.rate, length = self.costs.best_fixed(self.model.mean, max_draft, reading_s)
         return length > 0
+
+    def to_json(self) -> dict[str, object]:
+        """For the next run."""
+        chances = {name: chance.to_json() for name, chance in [("model", self.model), *self.copies.items()]}
+        return self.costs.to_json() | {"lengths": list(self.lengths), "chances": chances}
+
+    def restore(self, kept: Mapping[str, object]) -> None:
+        """Start from what `to_json` gave; what does not fit is ignored, since it is only a better guess."""
+        self.costs.restore(kept)
+        lengths, chances = kept.get("lengths"), kept.get("chances")
+        if isinstance(lengths, list) and all(type(length) is int and length > 0 for length in lengths):
+            self.lengths = AnswerLengths(lengths)
+        for name, chance in chances.items() if isinstance(chances, dict) else ():
+            (self.model if name == "model" else self.copies[name]).restore(chance)
 
     def cost(self, drafted: int, passes: int = 0) -> float:
         """What a step with so many drafted tokens, after `passes` of the model, takes, in plain passes."""
@@ -116,14 +130,21 @@ class Planner(Drafter):
         """What was learnt of the machine."""
         return self._learning.costs
 
+    def to_json(self) -> dict[str, object]:
+        """What was learnt, for the next run; empty before the first generation."""
+        self._end_answer()
+        return self._learning.to_json() if self.costs.to_json() else {}
+
+    def restore(self, kept: Mapping[str, object]) -> None:
+        """Start from what `to_json` gave an earlier run."""
+        self._learning.restore(kept)
+
     def start(self, request: Request) -> None:
         """Start the drafters; what was learnt stays."""
         self._is_fixed = request.is_repeatable
         self._book = Book(self._fixed) if self._is_fixed else self._learning
         self._book.model.relax()
-        if self._length:
-            self._learning.lengths.add(self._length)
-        self._length = 0
+        self._end_answer()
         self._purse = Purse()
         self._guesses = []
         self._uncopied = _UNCOPIED
@@ -233,6 +254,11 @@ class Planner(Drafter):
             return None, 0.0
         tokens_left = min(self._max_length - len(context), book.lengths.left(self._length))
         return model, reading_s / max(1.0, tokens_left * self._uncopied / (_WRITTEN + self._length))
+
+    def _end_answer(self) -> None:
+        if self._length:
+            self._learning.lengths.add(self._length)
+        self._length = 0
 
     def _best_beginning(self, draft: Draft) -> tuple[float, Draft]:
         """What as much of a copied draft as is worth its rows is worth, by this book, and that much of it."""

@@ -36,6 +36,9 @@ REQUIRED: Final = _Required()
 
 INTEGERS = {GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64}
 
+_SCATTERED = 8
+"""From so many picked rows on the system is asked for them all: touched one by one, each waits for the disk."""
+
 
 class GGUFFile:
     """An open GGUF file; a context manager.
@@ -165,15 +168,24 @@ class GGUFFile:
 
     def release(self, name: str) -> None:
         """Let the system drop the pages of a tensor that was read; they come back from the file when touched."""
-        import mmap as platform
-
         info = self._info(name)
-        start = info.offset // platform.PAGESIZE * platform.PAGESIZE
-        if hasattr(platform, "MADV_DONTNEED"):
-            self._data.madvise(platform.MADV_DONTNEED, start, info.offset + info.n_bytes - start)
+        self._advise("MADV_DONTNEED", info.offset, info.n_bytes)
 
     def _raw_rows(self, name: str, rows: slice | NDArray[np.integer]) -> NDArray[np.uint8]:
-        return self.raw(name)[rows]
+        raw = self.raw(name)
+        if not isinstance(rows, slice) and len(rows) >= _SCATTERED:
+            offset, n_bytes = self._info(name).offset, raw[0].nbytes
+            for row in set(rows.tolist()):
+                self._advise("MADV_WILLNEED", offset + row * n_bytes, n_bytes)
+        return raw[rows]
+
+    def _advise(self, advice: str, start: int, n_bytes: int) -> None:
+        """Say what will become of so many bytes of the file, where the system can be told."""
+        import mmap as platform
+
+        if hasattr(platform, advice):
+            page = start // platform.PAGESIZE * platform.PAGESIZE
+            self._data.madvise(getattr(platform, advice), page, start + n_bytes - page)
 
     def _info(self, name: str) -> TensorInfo:
         try:
