@@ -167,15 +167,21 @@ def _heard(log: Any, models: list[Any]) -> dict[str, int]:
 
 
 def _text(count: Any, n_tokens: int) -> str:
-    """About `n_tokens` tokens of this repository's pages, over and over: what repeats is drafted by look-up."""
+    """About `n_tokens` tokens of this repository's pages, over and over: what repeats is drafted by look-up.
+
+    The text is found from below: counting a longer one would take memory that no prompt for this window takes.
+    """
     pages = "\n".join(page.read_text("utf-8") for page in sorted(_root().glob("docs/*.md")))
-    per_token = 4000 / count(pages[:4000])
-    text = pages * (int(n_tokens * per_token * 4 / len(pages)) + 1)
-    low, high = 0, len(text)
-    while high - low > 4:  # characters: the longest text that has no more tokens
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(text[:middle]) <= n_tokens else (low, middle)
-    return text[:low]
+    step, end = max(64, n_tokens // 16), 0  # characters
+    while step > 4:
+        while count(_beginning(pages, end + step)) <= n_tokens:
+            end += step
+        step //= 2
+    return _beginning(pages, end)
+
+
+def _beginning(pages: str, length: int) -> str:
+    return (pages * (length // len(pages) + 1))[:length]
 
 
 def _root() -> Path:
