@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_kept, check_resized
+from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_resized
 from edge_spec.backends._contiguous_cache import ContiguousCache
 from edge_spec.backends._mapped_file import drop_file_pages
 from edge_spec.backends._onnx_session import import_library, session_options, translated
+from edge_spec.backends._padded_model import PaddedModel
 from edge_spec.backends._quantized_graph import quantized_graph
-from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.kv_scales import KvScales
 from edge_spec.backends.top_k import log_sum_exp, top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
-from edge_spec.errors import ModelFormatError, UsageError
+from edge_spec.errors import ModelFormatError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
@@ -33,11 +34,10 @@ SCORED_BYTES = 8 << 20
 """Logits that a scored pass may hold."""
 
 
-class OnnxModel:
+class OnnxModel(PaddedModel):
     """An export on ONNX Runtime; implements `backends.base.CausalLM`.
 
-    `threads` run one operator at a time. Passes are not padded until `align_rows` says so: a pass then costs what its
-    rows cost, and equal bits are not promised. With `kv_scales` (`edge_spec.backends.kv_scales` measures them) keys and
+    `threads` run one operator at a time. With `kv_scales` (`edge_spec.backends.kv_scales` measures them) keys and
     values are stored in 8 bits, else as float32.
     """
 
@@ -55,10 +55,9 @@ class OnnxModel:
 
         config = export.config
         check_exact(config, name, n_ctx)
-        self._padding = 1
         kv_size = 4 if kv_scales is None else 1
         max_rows = round_up(max_rows, MAX_ALIGNMENT)
-        self._spec = ModelSpec(
+        spec = ModelSpec(
             name=name,
             architecture=config.architecture,
             n_vocab=config.n_vocab,
@@ -75,8 +74,8 @@ class OnnxModel:
             can_evict=True,
             can_resize=True,
         )
+        super().__init__(spec)
         self.config = config
-        self._length = 0
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
@@ -101,23 +100,12 @@ class OnnxModel:
             self._bind_cache()
         drop_file_pages(export.weights_file.resolve())  # the kernels have copies in an order of their own
 
-    @property
-    def spec(self) -> ModelSpec:
-        """Sizes and capabilities."""
-        return self._spec
-
-    @property
-    def length(self) -> int:
-        """Cached tokens."""
-        return self._length
-
     def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """See `CausalLM.decode`."""
         self._require_open()
         n = len(tokens)
         check_decoded(self._spec, n, rows, self._length)
-        wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
-        wanted[:rows] = np.arange(n - rows, n)
+        wanted = self._wanted(n, rows)
         if len(wanted) != self._bound_rows:
             hidden = None if self._head is None else self._head.hidden
             self._bind_rows(len(wanted), self._logits, hidden)
@@ -138,9 +126,8 @@ class OnnxModel:
         self._require_open()
         n = len(tokens)
         check_decoded(self._spec, n, 1, self._length)
-        rows = round_up(n, self._padding)
-        wanted = np.full(rows, n - 1, np.int64)
-        wanted[:n] = np.arange(n)
+        wanted = self._wanted(n, n)
+        rows = len(wanted)
         logits = np.empty((rows, self._logits.shape[1]), np.float32)
         hidden = None if self._head is None else np.empty((rows, self._head.hidden.shape[1]), np.float32)
         self._bind_rows(rows, logits, hidden)
@@ -153,20 +140,15 @@ class OnnxModel:
 
     def _run(self, tokens: Sequence[int], wanted: NDArray[np.int64]) -> None:
         """One pass over `tokens`, whose `wanted` rows go where they were bound to."""
-        padded = round_up(len(tokens), self._padding)
-        total = self._length + padded
-        self._feed("embeddings", self._embed(tokens, padded))
+        ids = self._padded(tokens)
+        total = self._length + len(ids)
+        self._feed("embeddings", self._embeddings.dequantize(EMBEDDING, ids)[None])
         self._feed("rows", wanted)
         self._feed("seqlens_k", np.array([total - 1], np.int32))
         self._feed("total_sequence_length", np.array(total, np.int32))
         with translated(f"decoding {len(tokens)} tokens"):
             self._session.run_with_iobinding(self._binding, self._run_options)
         self._length += len(tokens)
-
-    def rollback(self, length: int) -> None:
-        """See `CausalLM.rollback`; any length, at no cost."""
-        check_kept(length, self._length)
-        self._length = length
 
     def evict(self, start: int, end: int) -> None:
         """See `CausalLM.evict`; costs a copy of what moves."""
@@ -196,35 +178,15 @@ class OnnxModel:
         if self._head is not None:
             self._head.reach(tokens)
 
-    def align_rows(self, alignment: int | None) -> None:
-        """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all.
-
-        `edge_spec.backends.alignment` finds the smallest one that keeps its promise on a machine.
-        """
-        check_alignment(alignment)
-        self._padding = alignment or 1
-        self._spec = replace(self._spec, row_alignment=alignment)
-
     def close(self) -> None:
         """Give the session, the cache and the buffers back."""
+        self._is_open = False
         self._embeddings.close()
         # The binding points into what is held, and goes first.
         self._binding = self._session = self._head = None
         self._cache = None
         self._held.clear()
         self._logits = np.empty((0, 0), np.float32)
-
-    def _require_open(self) -> None:
-        if self._session is None:
-            raise UsageError(f"{self._spec.name} is closed")
-
-    def _embed(self, tokens: Sequence[int], padded: int) -> NDArray[np.float32]:
-        """Rows of the embedding table, float32 [1, padded, hidden], dequantised from the mapped file; token 0 pads."""
-        ids = np.zeros(padded, np.int64)
-        ids[: len(tokens)] = tokens
-        if ids.min() < 0 or ids.max() >= self._spec.n_vocab:
-            raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
-        return self._embeddings.dequantize(EMBEDDING, ids)[None]
 
     def _bind_cache(self) -> None:
         """Bind the rotary tables and, each both as past and as present, the cache."""

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_kept, check_resized
+from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_resized
 from edge_spec.backends._onnx_session import MEMORY_REMEDY
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
 from edge_spec.backends._openvino_limits import check_expressible
+from edge_spec.backends._padded_model import PaddedModel
 from edge_spec.backends._paged_cache import KV_TYPES, PagedCache, token_bytes
-from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.onnx import EMBEDDING
 from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
@@ -40,11 +41,10 @@ from edge_spec.types import Decoded, Logits, ModelSpec, Output
 _GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 
-class OpenVinoModel:
+class OpenVinoModel(PaddedModel):
     """An export on OpenVINO; implements `backends.base.CausalLM`.
 
-    `threads` run one operator at a time. Passes are not padded until `align_rows` says so: a pass then costs what its
-    rows cost, and equal bits are not promised. `kv`, one of KV_TYPES, is what keys and values are stored as. Raises
+    `threads` run one operator at a time. `kv`, one of KV_TYPES, is what keys and values are stored as. Raises
     UnsupportedArchitectureError for an export that only the onnx backend runs, BackendUnavailableError where OpenVINO
     is not installed.
     """
@@ -58,9 +58,8 @@ class OpenVinoModel:
         check_expressible(config, name)
         check_exact(config, name, n_ctx)
         ov = import_library()
-        self._padding = 1
         max_rows = round_up(max_rows, MAX_ALIGNMENT)
-        self._spec = ModelSpec(
+        spec = ModelSpec(
             name=name,
             architecture=config.architecture,
             n_vocab=config.n_vocab,
@@ -77,8 +76,8 @@ class OpenVinoModel:
             can_evict=kv != "u8",
             can_resize=kv != "u8" or config.rope_long_factors is None,
         )
+        super().__init__(spec)
         self._config = config
-        self._length = 0
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
@@ -110,32 +109,20 @@ class OpenVinoModel:
         self.rollback(0)
         give_back(self._weights)
 
-    @property
-    def spec(self) -> ModelSpec:
-        """Sizes and capabilities."""
-        return self._spec
-
-    @property
-    def length(self) -> int:
-        """Cached tokens."""
-        return self._length
-
     def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """See `CausalLM.decode`."""
         self._require_open()
         n = len(tokens)
         check_decoded(self._spec, n, rows, self._length)
-        start, padded = self._length, round_up(n, self._padding)
-        total = start + padded
-        wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
-        wanted[:rows] = np.arange(n - rows, n)
+        ids, start = self._padded(tokens), self._length
+        total = start + len(ids)
         blocks = self._cache.use(total)
-        self._set("embeddings", self._embed(tokens, padded))
-        self._set("rows", wanted)
+        self._set("embeddings", self._embeddings.dequantize(EMBEDDING, ids))
+        self._set("rows", self._wanted(n, rows))
         for name, table in self._rotary.items():
             self._set(name, table[start:total])
         self._set("past_lens", np.array([start], np.int32))
-        self._set("subsequence_begins", np.array([0, padded], np.int32))
+        self._set("subsequence_begins", np.array([0, len(ids)], np.int32))
         self._set("block_indices", np.arange(blocks, dtype=np.int32))
         self._set("block_indices_begins", np.array([0, blocks], np.int32))
         self._set("max_context_len", np.array(total, np.int32))
@@ -147,8 +134,7 @@ class OpenVinoModel:
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, and the memory of what is forgotten goes back to the system."""
-        check_kept(length, self._length)
-        self._length = length
+        super().rollback(length)
         self._cache.forget(length)
 
     def evict(self, start: int, end: int) -> None:
@@ -174,35 +160,15 @@ class OpenVinoModel:
         if self._head is not None:
             self._head.reach(tokens)
 
-    def align_rows(self, alignment: int | None) -> None:
-        """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all.
-
-        `edge_spec.backends.alignment` finds the smallest one that keeps its promise on a machine.
-        """
-        check_alignment(alignment)
-        self._padding = alignment or 1
-        self._spec = replace(self._spec, row_alignment=alignment)
-
     def close(self) -> None:
         """Give the compiled model, the cache and the buffers back."""
+        self._is_open = False
         self._embeddings.close()
         # The request points into what is held, and the model into the mapped weights: they go first.
         self._request = self._compiled = None
         self._weights = self._head = None
         self._held.clear()
         self._cache = None
-
-    def _require_open(self) -> None:
-        if self._request is None:
-            raise UsageError(f"{self._spec.name} is closed")
-
-    def _embed(self, tokens: Sequence[int], padded: int) -> NDArray[np.float32]:
-        """Rows of the embedding table, float32 [padded, hidden], dequantised from the mapped file; token 0 pads."""
-        ids = np.zeros(padded, np.int64)
-        ids[: len(tokens)] = tokens
-        if ids.min() < 0 or ids.max() >= self._spec.n_vocab:
-            raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
-        return self._embeddings.dequantize(EMBEDDING, ids)
 
     def _scored(self, logits: Logits, *hidden: NDArray[np.float32], rows: int, want: Output) -> Decoded:
         """What is wanted of `rows` rows, from what the graph wrote."""

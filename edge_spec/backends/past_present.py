@@ -12,29 +12,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_kept, check_resized
+from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_resized
 from edge_spec.backends._onnx_session import import_library, session_options, translated
-from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
+from edge_spec.backends._padded_model import PaddedModel
+from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.top_k import top_k
 from edge_spec.checkpoint.exporter import GraphExport
-from edge_spec.errors import UsageError
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 Cache = dict[str, NDArray[np.float32]]
 
 
-class PastPresentModel:
+class PastPresentModel(PaddedModel):
     """An export that optimum built the graph of; implements `backends.base.CausalLM`.
 
-    `threads` run one operator at a time. Passes are not padded until `align_rows` says so.
+    `threads` run one operator at a time.
     """
 
     def __init__(self, export: GraphExport, *, name: str, n_ctx: int, threads: int, max_rows: int = 16) -> None:
         ort = import_library()
 
         config = export.config
-        self._padding = 1
-        self._spec = ModelSpec(
+        spec = ModelSpec(
             name=name,
             architecture=config.architecture,
             n_vocab=config.n_vocab,
@@ -49,6 +48,7 @@ class PastPresentModel:
             row_alignment=None,
             can_resize=True,
         )
+        super().__init__(spec)
         with translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
                 str(export.model_file),
@@ -59,33 +59,21 @@ class PastPresentModel:
             self._inputs = {value.name for value in self._session.get_inputs()}
             self._outputs = [value.name for value in self._session.get_outputs()]
         self._past_names = [name for name in self._outputs if name != "logits"]
-        self._length = 0
         self._cache = self._empty()
-
-    @property
-    def spec(self) -> ModelSpec:
-        """Sizes and capabilities."""
-        return self._spec
-
-    @property
-    def length(self) -> int:
-        """Cached tokens."""
-        return self._length
 
     def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
         """See `CausalLM.decode`."""
         self._require_open()
         n, start = len(tokens), self._length
         check_decoded(self._spec, n, rows, start)
-        padded = round_up(n, self._padding)
-        wanted = np.full(round_up(max(rows, 1), self._padding), n - 1, np.int64)
-        wanted[:rows] = np.arange(n - rows, n)
+        ids = self._padded(tokens)
+        padded = len(ids)
         feeds: dict[str, Any] = {
-            "input_ids": self._padded_ids(tokens, padded),
+            "input_ids": ids[None],
             "attention_mask": np.ones((1, start + padded), np.int64),
             # Padding takes the last token's place, since there may be none behind it.
             "position_ids": np.minimum(np.arange(start, start + padded), start + n - 1)[None],
-            "rows": wanted,
+            "rows": self._wanted(n, rows),
         }
         feeds = {name: value for name, value in feeds.items() if name in self._inputs}
         past = {name.replace("present", "past_key_values"): self._kept(name) for name in self._past_names}
@@ -95,11 +83,6 @@ class PastPresentModel:
         self._length = start + n
         picked: Logits = logits[0, :rows] if "rows" in self._inputs else logits[0, n - rows : n]
         return Decoded(picked) if want is Output.LOGITS else Decoded(picked[:0], top_k(picked))
-
-    def rollback(self, length: int) -> None:
-        """See `CausalLM.rollback`; any length. The next decode copies what is kept."""
-        check_kept(length, self._length)
-        self._length = length
 
     def evict(self, start: int, end: int) -> None:
         """See `CausalLM.evict`: refused, since how such a graph makes positions count is its own affair."""
@@ -112,20 +95,11 @@ class PastPresentModel:
         check_resized(self._spec, self._length, n_ctx)
         self._spec = replace(self._spec, n_ctx=n_ctx)
 
-    def align_rows(self, alignment: int | None) -> None:
-        """Pad each pass to a multiple of `alignment` rows from now on, or (None) not at all."""
-        check_alignment(alignment)
-        self._padding = alignment or 1
-        self._spec = replace(self._spec, row_alignment=alignment)
-
     def close(self) -> None:
         """Give the session and the cache back."""
+        self._is_open = False
         self._session = None
         self._cache = {}
-
-    def _require_open(self) -> None:
-        if self._session is None:
-            raise UsageError(f"{self._spec.name} is closed")
 
     def _empty(self) -> Cache:
         shape = (1, self._spec.n_kv_heads, 0, self._spec.head_dim)
@@ -134,10 +108,3 @@ class PastPresentModel:
     def _kept(self, name: str) -> NDArray[np.float32]:
         """A cache tensor without what lies behind the length: padding, and what was rolled back."""
         return np.ascontiguousarray(self._cache[name][:, :, : self._length])
-
-    def _padded_ids(self, tokens: Sequence[int], padded: int) -> NDArray[np.int64]:
-        ids = np.zeros(padded, np.int64)
-        ids[: len(tokens)] = tokens
-        if ids.min() < 0 or ids.max() >= self._spec.n_vocab:
-            raise UsageError(f"a token id is outside the vocabulary of {self._spec.n_vocab}")
-        return ids[None]
