@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,11 +68,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model on a backend. `recipe` names how its weights are stored; `notes` what the user should know."""
+    """A model on a backend. `recipe` names how its weights are stored, `stored` says so to the last detail, as a key;
+    `notes` what the user should know."""
 
     model: CausalLM
     backend: str
     recipe: str
+    stored: str
     notes: tuple[str, ...]
 
 
@@ -181,7 +183,7 @@ class Loader:
                     f"{unknown}. The llama backend may run it: {missing}. Or choose a model of a known architecture"
                 ) from missing
             note = f"{source.name} runs on the llama backend: {unknown}"
-            return LoadedModel(loaded.model, loaded.backend, loaded.recipe, (note, *loaded.notes))
+            return replace(loaded, notes=(note, *loaded.notes))
         return self._load_export(source, export, n_ctx, aligned)
 
     def _export(self, source: Source, recipe: Recipe | None) -> Export:
@@ -201,16 +203,17 @@ class Loader:
         self._report(f"load {source.name}", 0, 1)
         model = self._open(source, export, n_ctx)
         self._report(f"load {source.name}", 1, 1)
+        # A folder may have any name, and a recipe's name may have meant something else once.
+        stored = f"{export.path.name} {export_key(export.recipe)}" + (f" kv {self.kv}" if self.kv else "")
         notes = [*getattr(model, "notes", ())]
         if export.requantized:
             notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")
         if aligned:
             self._report(f"check {source.name}", 0, 1)
             cache = CacheFile(self.store.cache_dir / "row_alignment.json")
-            stored = f"{export.path.name} {source.sha256}" + (f" kv {self.kv}" if self.kv else "")
-            align(model, cache, f"{machine_key(self.backend, self.threads)} | {stored}")
+            align(model, cache, f"{machine_key(self.backend, self.threads)} | {stored} {source.sha256}")
             self._report(f"check {source.name}", 1, 1)
-        return LoadedModel(model, self.backend, export.recipe.name, tuple(notes))
+        return LoadedModel(model, self.backend, export.recipe.name, stored, tuple(notes))
 
     def _open(self, source: Source, export: Export | GraphExport, n_ctx: int) -> AlignableLM:
         if isinstance(export, GraphExport):
@@ -266,7 +269,8 @@ class Loader:
         kv = self.kv or KV_TYPES["llama"][0]
         model = llama.load(source.gguf, name=source.name, n_ctx=n_ctx, threads=self.threads, kv=kv)
         self._report(f"load {source.name}", 1, 1)
-        return LoadedModel(model, "llama", _file_type(source.gguf), ())
+        file_type = _file_type(source.gguf)
+        return LoadedModel(model, "llama", file_type, file_type + (f" kv {self.kv}" if self.kv else ""), ())
 
     def _report(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from edge_spec.benchmark.workload import Prompt
 from edge_spec.cli import app
 from edge_spec.errors import UsageError
+from edge_spec.export.recipe import RECIPES
 from edge_spec.quality import distributions
 from edge_spec.quality.contender import Contender, Name, load
 from edge_spec.quality.distributions import compare, expect
@@ -67,6 +68,17 @@ def test_a_cache_of_fewer_bits_is_another_contender(gguf: Path, store: Store) ->
         with load(Name("onnx", str(gguf), kv=kv), store, threads=1) as contender:
             identities.add(contender.identity)
             assert contender.model.spec.kv_type == (kv or "f32")
+    assert len(identities) == 2
+
+
+def test_a_recipe_that_is_no_longer_the_same_is_another_contender(
+    gguf: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities = set()
+    for block in (64, 32):
+        monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], block=block))
+        with load(Name("onnx", str(gguf), recipe="int4"), store, threads=1) as contender:
+            identities.add(contender.identity)
     assert len(identities) == 2
 
 

@@ -12,7 +12,16 @@ from edge_spec.decoding.drafter import Drafter
 from edge_spec.decoding.session import Session
 from edge_spec.drafting import ModelDrafter
 from edge_spec.errors import UsageError
-from edge_spec.loading import BACKENDS, Loader, Source, check_kv_type, chosen_recipe, draft_recipe, find_source
+from edge_spec.loading import (
+    BACKENDS,
+    Loader,
+    Source,
+    check_kv_type,
+    chosen_recipe,
+    draft_recipe,
+    engine_key,
+    find_source,
+)
 from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer, check_same_vocabulary
 from edge_spec.types import Logits
@@ -99,7 +108,7 @@ def load(name: Name, store: Store, *, threads: int, draft: str | None = None) ->
             drafter = _load_draft(draft, loader, store, source, n_ctx)
         yield Contender(
             name=str(name),
-            identity=_identity(source, loaded.backend, loaded.recipe) + (f" kv {name.kv}" if name.kv else ""),
+            identity=f"{source.sha256} {loaded.stored} | {engine_key(loaded.backend)}",
             backend=loaded.backend,
             recipe=loaded.recipe,
             weight_bytes=loaded.model.spec.weight_bytes,
@@ -120,12 +129,3 @@ def _load_draft(draft: str, loader: Loader, store: Store, target: Source, n_ctx:
     check_same_vocabulary(target.tokenizer, source.tokenizer)
     loaded = replace(loader, kv=None).load(source, n_ctx=n_ctx, recipe=draft_recipe(source), aligned=False)
     return ModelDrafter(Session(loaded.model))
-
-
-def _identity(source: Source, backend: str, recipe: str) -> str:
-    from edge_spec.export.exporter import EXPORTER_VERSION
-    from edge_spec.loading import engine_key
-
-    made_by = "" if backend == "llama" else f" exporter {EXPORTER_VERSION}"
-    weights = source.export.path.resolve() if source.export is not None else ""
-    return f"{source.sha256} {weights} {recipe} | {engine_key(backend)}{made_by}"
