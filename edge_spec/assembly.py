@@ -20,6 +20,7 @@ from edge_spec.drafting import (
     Planner,
     ReferenceDrafter,
 )
+from edge_spec.drafting.planner import lessons_of_texts
 from edge_spec.fitting import FittedRequest
 from edge_spec.generation import EngineInfo
 from edge_spec.loading import KV_TYPES, engine_key, machine_key
@@ -112,8 +113,8 @@ class KeptLessons:
         """The lessons about these models on this machine, on these backends."""
         draft = "no draft"
         if request.draft_source and models.draft:
-            draft = f"{request.draft_source.sha256} {engine_key(models.draft.backend)}"
-        names = f"{request.source.sha256} {models.target.recipe} | {draft}"
+            draft = f"{request.draft_source.sha256} {models.draft.stored} {engine_key(models.draft.backend)}"
+        names = f"{request.source.sha256} {models.target.recipe} {models.target.stored} | {draft}"
         machine = machine_key(models.target.backend, request.threads)
         return cls(CacheFile(store.cache_dir / "costs.json"), f"{machine} | {names}")
 
@@ -129,9 +130,10 @@ class KeptLessons:
             self._cache.put(self._key, known)
 
     def put(self, costs: Costs) -> None:
-        """Keep these costs, beside what is known of the texts."""
-        kept = self._cache.get(self._key)
-        self._cache.put(self._key, (kept if isinstance(kept, dict) else {}) | costs.to_json())
+        """Keep these costs, if anything is known, in place of others; what is known of the texts stays."""
+        if known := costs.to_json():
+            kept = self._cache.get(self._key)
+            self._cache.put(self._key, lessons_of_texts(kept) | known)
 
 
 def describe(fitted: FittedRequest, models: OpenedModels, drafter: str, load_s: float) -> EngineInfo:

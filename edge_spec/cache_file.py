@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept between runs: a JSON object in a file that may be lost at any time."""
+"""What was measured or learnt, kept between runs: a JSON object in a file that may be lost at any time."""
 
 from __future__ import annotations
 

@@ -330,7 +330,7 @@ class Engine:
         return self._target.unpadded()
 
     def close(self) -> None:
-        """Keep what was learnt of the machine and give the memory back. Closing twice is not an error."""
+        """Keep what was learnt and give the memory back. Closing twice is not an error."""
         self._kept.keep(self._drafters["auto"])
         for session in self._sessions():
             session.close()

@@ -24,7 +24,7 @@ from edge_spec.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
-from edge_spec.export.exporter import Export, ensure_export, export_key, open_export
+from edge_spec.export.exporter import Export, ensure_export, open_export
 from edge_spec.export.folder import is_export, read_description
 from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
 from edge_spec.export.source import open_source, refusal_of
@@ -203,8 +203,8 @@ class Loader:
         self._report(f"load {source.name}", 0, 1)
         model = self._open(source, export, n_ctx)
         self._report(f"load {source.name}", 1, 1)
-        # A folder may have any name, and a recipe's name may have meant something else once.
-        stored = f"{export.path.name} {export_key(export.recipe)}" + (f" kv {self.kv}" if self.kv else "")
+        # Not the folder, which may have any name, nor the recipe's name, which may have meant something else once.
+        stored = export.key + (f" kv {self.kv}" if self.kv else "")
         notes = [*getattr(model, "notes", ())]
         if export.requantized:
             notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")
@@ -242,7 +242,7 @@ class Loader:
         from edge_spec.backends import kv_scales
         from edge_spec.backends.onnx import OnnxModel
 
-        path = self.store.cache_dir / "kv_scales" / f"{source.sha256[:16]}-{export_key(export.recipe)}.npy"
+        path = self.store.cache_dir / "kv_scales" / f"{source.sha256[:16]}-{export.key}.npy"
         if (kept := kv_scales.read_scales(path, export.config)) is not None:
             return kept
         message = {"role": "user", "content": kv_scales.CALIBRATION_TEXT}

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from edge_spec.assembly import KeptLessons
+from edge_spec.cache_file import CacheFile
 from edge_spec.cores import RecommendedThreads, usable_processors
 from edge_spec.doctor.examination import LONG, SHORT, ModelTimes, _best, costs_from
 from edge_spec.doctor.passes import PassTime, fill, time_passes
@@ -124,3 +126,16 @@ def test_what_the_doctor_measures_is_where_later_engines_start(
     costs.move(SHORT)
     assert 1 / costs.target_s(1) == pytest.approx(told["plain_tokens_per_s"], rel=0.01)
     assert set(json.loads((cache / "threads.json").read_text("utf-8")).values()) == {told["threads"]}
+
+
+def test_measured_costs_replace_costs_and_leave_what_is_known_of_texts(tmp_path: Path) -> None:
+    cache = CacheFile(tmp_path / "costs.json")
+    cache.put("pair", {"target": {"1": 0.5}, "growth": [0.1, 0.1], "lengths": [5], "chances": {"model": {}}})
+    costs, kept = Costs(max_rows=16), KeptLessons(cache, "pair")
+    kept.put(costs)
+    assert cache.get("pair")["target"] == {"1": 0.5}, "nothing was measured"
+    costs.observe_target(1, 0.03)
+    kept.put(costs)
+    entry = cache.get("pair")
+    assert "growth" not in entry
+    assert (entry["target"]["1"], entry["lengths"], entry["chances"]) == (pytest.approx(0.03), [5], {"model": {}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from edge_spec.decoding.session import Session
 from edge_spec.drafting import Costs, Growth, LookupDrafter, ModelDrafter, Planner, fit_growth
 from edge_spec.drafting.acceptance import Acceptance
 from edge_spec.drafting.lengths import AnswerLengths
+from edge_spec.drafting.planner import Book
 from edge_spec.drafting.purse import Purse
 from edge_spec.types import Context, Decoded, Draft, Output, SamplingParams
 from tests.fakes import FakeLM
@@ -363,11 +365,27 @@ def test_the_next_run_knows_how_long_answers_get(clock: Clock) -> None:
         {"lengths": [3, -1], "chances": {"model": {"hits": [1.0], "counts": [1.0], "mean": 0.5}}},
         {"lengths": [0], "chances": {"model": {"hits": [9.0] * 7, "counts": [1.0] * 7, "mean": 0.5}, "lookup": None}},
         {"lengths": [True], "chances": {"model": {"hits": [0.0] * 7, "counts": [0.0] * 7, "mean": 0.5}}},
-        {"chances": {"model": {"hits": ["1"] * 7, "counts": [1.0] * 7, "mean": 2.0}}},
+        {"chances": {"model": {"hits": ["1"] * 7, "counts": [1.0] * 7, "mean": 0.5}, "nobody": {}}},
+        {"chances": {"model": {"hits": [inf] * 7, "counts": [inf] * 7, "mean": 0.5}}},
+        {"chances": {"model": {"hits": [1.0] * 7, "counts": [4.0] * 7, "mean": 2.0}}},
     ],
 )
-def test_lessons_that_make_no_sense_change_nothing(clock: Clock, nonsense: dict[str, object]) -> None:
-    assert drafted_after(clock, nonsense) == drafted_after(clock, {})
+def test_lessons_that_make_no_sense_change_nothing(nonsense: dict[str, object]) -> None:
+    books = []
+    for lessons in (nonsense, {}):
+        book = Book(Costs(max_rows=16))
+        book.restore({"lengths": [7], "chances": {}}, ["lookup"])
+        book.restore(lessons, ["lookup"])
+        books.append(book.to_json())
+    assert books[0] == books[1]
+
+
+def test_an_answer_counts_once_whenever_lessons_are_kept(clock: Clock) -> None:
+    decoder = decoder_of(clock, target=(0.030, 0.006), draft=(0.010, 0.001))
+    list(decoder.generate([1, 2, 3], max_tokens=20))
+    assert lessons_of(decoder)["lengths"] == lessons_of(decoder)["lengths"] == [20]
+    list(decoder.generate([1, 2, 3], max_tokens=30))
+    assert lessons_of(decoder)["lengths"] == [20, 30]
 
 
 class Overconfident(Drafter):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from edge_spec.benchmark.workload import Prompt
 from edge_spec.cli import app
 from edge_spec.errors import UsageError
-from edge_spec.export.recipe import RECIPES
+from edge_spec.export import RECIPES, export_model
 from edge_spec.quality import distributions
 from edge_spec.quality.contender import Contender, Name, load
 from edge_spec.quality.distributions import compare, expect
@@ -71,13 +71,15 @@ def test_a_cache_of_fewer_bits_is_another_contender(gguf: Path, store: Store) ->
     assert len(identities) == 2
 
 
-def test_a_recipe_that_is_no_longer_the_same_is_another_contender(
-    gguf: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+def test_folders_of_the_same_name_with_other_weights_are_other_contenders(
+    gguf: Path, store: Store, tmp_path: Path
 ) -> None:
     identities = set()
     for block in (64, 32):
-        monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], block=block))
-        with load(Name("onnx", str(gguf), recipe="int4"), store, threads=1) as contender:
+        folder = tmp_path / str(block) / "model"
+        folder.parent.mkdir()
+        export_model(gguf, replace(RECIPES["int4"], block=block), folder, sha256="0" * 64)
+        with load(Name("onnx", str(folder)), store, threads=1) as contender:
             identities.add(contender.identity)
     assert len(identities) == 2
 
@@ -178,9 +180,6 @@ def test_a_finer_export_is_closer_to_the_source(gguf: Path, store: Store) -> Non
 
 
 def test_a_model_with_a_trimmed_head_is_not_compared(gguf: Path, store: Store, tmp_path: Path) -> None:
-    from edge_spec.export.exporter import export_model
-    from edge_spec.export.recipe import RECIPES
-
     export_model(gguf, replace(RECIPES["draft"], head_rows=64), tmp_path / "draft", sha256="0" * 64)
     plan = Plan(prompts=PROMPTS, answer_tokens=8, text=TEXT)
     with pytest.raises(UsageError, match="trimmed"):

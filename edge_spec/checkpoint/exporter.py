@@ -62,6 +62,11 @@ class GraphExport:
     requantized: tuple[str, ...] = ()
 
     @property
+    def key(self) -> str:
+        """What, besides the source, decides its bytes."""
+        return graph_key(self.recipe)
+
+    @property
     def model_file(self) -> Path:
         """The ONNX graph."""
         return self.path / MODEL
@@ -70,6 +75,12 @@ class GraphExport:
     def source_file(self) -> Path:
         """A GGUF of the tokenizer, the chat template and the sizes."""
         return self.path / SOURCE
+
+
+def graph_key(recipe: Recipe) -> str:
+    """What, besides the source, decides the bytes of an export in optimum's layout, as eight hex digits."""
+    identity = json.dumps([LAYOUT, GRAPH_VERSION, recipe.to_json()], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
 def is_graph_export(described: Mapping[str, Any]) -> bool:
@@ -109,8 +120,7 @@ def ensure_graph_export(
     Raises what `export_graph` raises.
     """
     recipe = recipe.throughout()
-    identity = json.dumps([LAYOUT, GRAPH_VERSION, recipe.to_json()], sort_keys=True)
-    path = exports_dir / sha256 / f"{recipe.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    path = exports_dir / sha256 / f"{recipe.name}-{graph_key(recipe)}"
     try:
         with exclusive(path.parent / "lock", note, checkpoint.name):
             if is_export(path):

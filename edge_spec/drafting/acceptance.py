@@ -11,6 +11,8 @@ Scale: TypeAlias = Sequence[tuple[float, float]]
 
 _PRIOR_WEIGHT = 4.0
 _DECAY = 0.97
+_MOST = 1 / (1 - _DECAY) + 1
+"""More outcomes than are ever counted."""
 
 
 class Acceptance:
@@ -58,7 +60,7 @@ class Acceptance:
 
     def to_json(self) -> dict[str, object]:
         """For the next run."""
-        return {"hits": self._hits, "counts": self._counts, "mean": self._mean}
+        return {"hits": list(self._hits), "counts": list(self._counts), "mean": self._mean}
 
     def restore(self, kept: object) -> None:
         """Start from what `to_json` gave; what does not fit is ignored, since it is only a better guess."""
@@ -67,8 +69,8 @@ class Acceptance:
         hits, counts, mean = _numbers(kept.get("hits")), _numbers(kept.get("counts")), kept.get("mean")
         if not (len(hits) == len(counts) == len(self._edges) and isinstance(mean, float) and 0 <= mean <= 1):
             return
-        if all(0 <= hit <= count and count > 0 for hit, count in zip(hits, counts, strict=True)):
-            self._hits, self._counts, self._mean = hits, counts, mean
+        if all(0 <= hit <= count and 0 < count <= _MOST for hit, count in zip(hits, counts, strict=True)):
+            self._hits, self._counts, self._mean = list(hits), list(counts), mean
 
     def _step(self, confidence: float) -> int:
         return max(0, bisect_right(self._edges, confidence) - 1)

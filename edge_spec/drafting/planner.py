@@ -11,7 +11,7 @@ That goes by expectations, and one answer may disappoint them all. So what can b
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 
@@ -32,6 +32,8 @@ HISTORY_SCALE: Scale = ((3, 0.3), (4, 0.4), (6, 0.55), (9, 0.7), (14, 0.85), (24
 MODEL_SCALE: Scale = ((0.0, 0.26), (0.3, 0.47), (0.5, 0.68), (0.7, 0.83), (0.85, 0.93), (0.95, 0.975), (0.99, 0.995))
 """A model's confidence is the probability that it gives its most likely token."""
 
+_MODEL = "model"
+"""Its chances stand under this name between runs, whatever the drafter is called."""
 _WRITTEN, _UNCOPIED = 16, 10
 """What a generation starts from: of so many tokens, so many are not copied. Only those profit from what the model has
 read."""
@@ -59,18 +61,23 @@ class Book:
         return length > 0
 
     def to_json(self) -> dict[str, object]:
-        """For the next run."""
-        chances = {name: chance.to_json() for name, chance in [("model", self.model), *self.copies.items()]}
-        return self.costs.to_json() | {"lengths": list(self.lengths), "chances": chances}
+        """For the next run; empty if nothing was learnt."""
+        costs, lengths = self.costs.to_json(), list(self.lengths)
+        if not costs and not lengths:
+            return {}
+        chances = {name: chance.to_json() for name, chance in [(_MODEL, self.model), *self.copies.items()]}
+        return costs | {"lengths": lengths, "chances": chances}
 
-    def restore(self, kept: Mapping[str, object]) -> None:
+    def restore(self, kept: Mapping[str, object], copiers: Iterable[str]) -> None:
         """Start from what `to_json` gave; what does not fit is ignored, since it is only a better guess."""
         self.costs.restore(kept)
         lengths, chances = kept.get("lengths"), kept.get("chances")
         if isinstance(lengths, list) and all(type(length) is int and length > 0 for length in lengths):
             self.lengths = AnswerLengths(lengths)
-        for name, chance in chances.items() if isinstance(chances, dict) else ():
-            (self.model if name == "model" else self.copies[name]).restore(chance)
+        if isinstance(chances, dict):
+            self.model.restore(chances.get(_MODEL))
+            for name in copiers:
+                self.copies[name].restore(chances.get(name))
 
     def cost(self, drafted: int, passes: int = 0) -> float:
         """What a step with so many drafted tokens, after `passes` of the model, takes, in plain passes."""
@@ -80,6 +87,11 @@ class Book:
         """What a step with a draft of such chances (each given the ones before) is worth, in tokens."""
         tokens = 1 + sum(accumulate(chances, mul))
         return float(tokens) - self.rate * (self.costs.target_s(len(chances) + 1) + extra_s)
+
+
+def lessons_of_texts(kept: object) -> dict[str, object]:
+    """Of what `Book.to_json` gave, what is no matter of the machine."""
+    return {name: kept[name] for name in ("lengths", "chances") if name in kept} if isinstance(kept, dict) else {}
 
 
 class Planner(Drafter):
@@ -131,13 +143,13 @@ class Planner(Drafter):
         return self._learning.costs
 
     def to_json(self) -> dict[str, object]:
-        """What was learnt, for the next run; empty before the first generation."""
+        """What was learnt, for the next run; empty if nothing was. What is being written counts as ended."""
         self._end_answer()
-        return self._learning.to_json() if self.costs.to_json() else {}
+        return self._learning.to_json()
 
     def restore(self, kept: Mapping[str, object]) -> None:
         """Start from what `to_json` gave an earlier run."""
-        self._learning.restore(kept)
+        self._learning.restore(kept, [copier.name for copier in self._copiers])
 
     def start(self, request: Request) -> None:
         """Start the drafters; what was learnt stays."""

@@ -58,6 +58,11 @@ class Export:
     """Tokens that the model read so that its weights could be rounded for them; 0: each was rounded by itself."""
 
     @property
+    def key(self) -> str:
+        """What, besides the source, decides its bytes."""
+        return export_key(self.recipe)
+
+    @property
     def model_file(self) -> Path:
         """The ONNX graph."""
         return self.path / MODEL

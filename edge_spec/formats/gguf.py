@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from stat import S_ISREG
@@ -175,8 +176,9 @@ class GGUFFile:
         raw = self.raw(name)
         if not isinstance(rows, slice) and len(rows) >= _SCATTERED:
             offset, n_bytes = self._info(name).offset, raw[0].nbytes
-            for row in set(rows.tolist()):
-                self._advise("MADV_WILLNEED", offset + row * n_bytes, n_bytes)
+            with suppress(OSError):  # it is only a hint
+                for row in np.unique(np.arange(len(raw))[rows]).tolist():
+                    self._advise("MADV_WILLNEED", offset + row * n_bytes, n_bytes)
         return raw[rows]
 
     def _advise(self, advice: str, start: int, n_bytes: int) -> None:

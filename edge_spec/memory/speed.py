@@ -78,7 +78,7 @@ def _timed_pass_s(counted: Estimate, store: Store) -> float | None:
     except PackageNotFoundError:
         return None
     recipe = "" if settings.backend == "llama" else (target.recipe or settings.recipe or default_recipe(target)).name
-    prefix = f"{machine} | {target.sha256} {recipe}".rstrip()
+    prefix = f"{machine} | {target.sha256} {recipe}".rstrip() + " "
     timed = [costs for key, costs in CacheFile(store.cache_dir / "costs.json").items() if key.startswith(prefix)]
     seconds = [_narrowest(costs) for costs in timed]
     return min((value for value in seconds if value), default=None)
