@@ -410,6 +410,8 @@ class CausalLMContract:
         model.close()
         with pytest.raises(EdgeSpecError, match="closed"):
             model.decode(tokens)
+        with pytest.raises(EdgeSpecError, match="closed"):
+            model.rollback(0)
         if model.spec.can_resize:
             with pytest.raises(EdgeSpecError, match="closed"):
                 model.resize(N_CTX)

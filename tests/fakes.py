@@ -122,6 +122,8 @@ class FakeLM:
         return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
+        if self.closed:
+            raise BackendError(f"{self.spec.name} is closed")
         assert 0 <= length <= len(self.tokens), (length, len(self.tokens))
         self.rollbacks.append(length)
         dropped = len(self.tokens) - length

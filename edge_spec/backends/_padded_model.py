@@ -39,6 +39,7 @@ class PaddedModel:
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length."""
+        self._require_open()
         check_kept(length, self._length)
         self._length = length
 
