@@ -158,8 +158,6 @@ def export_graph(
     if path.exists():
         raise UsageError(f"{path} exists already; remove it or name another folder")
     recipe = recipe.throughout()
-    if recipe.corrected:
-        raise UsageError(f"the recipe {recipe.name} is for GGUF sources: choose int4 or int8 for a checkpoint")
     if recipe.exact or recipe.head_rows:
         raise UsageError(f"the recipe {recipe.name} takes a GGUF: a checkpoint has no such tensors, and a whole head")
     n_vocab = checkpoint.get_int("vocab_size")

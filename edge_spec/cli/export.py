@@ -185,8 +185,6 @@ def _requantize(
 
 
 def _tell(made: Export | GraphExport) -> None:
-    if made.recipe.corrected and not getattr(made, "n_calibration_tokens", 0):
-        print_note("its tokenizer or template cannot read the calibration text: weights are rounded to nearest")
     if made.requantized:
         print_note(f"no exact form for {', '.join(made.requantized)} tensors: stored with {made.recipe.bits} bits")
     print_note(f"{format_size(made.weight_bytes)} of weights")

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError, StorageError, UnsupportedArchitectureError, UsageError
 from edge_spec.export.architecture import DecoderConfig, bias_shapes, tensor_shapes
-from edge_spec.export.calibration import calibration_texts
 from edge_spec.export.filling import ByteProgress, Filler
 from edge_spec.export.folder import DESCRIPTION, REMEDY, check_files, describe, is_export, new_folder, read_description
 from edge_spec.export.graph import Weights, build_graph
@@ -54,8 +53,6 @@ class Export:
     weight_bytes: int
     requantized: tuple[str, ...]
     """With an exact recipe: the source types that could not be carried over bit for bit."""
-    n_calibration_tokens: int = 0
-    """Tokens that the model read so that its weights could be rounded for them; 0: each was rounded by itself."""
 
     @property
     def key(self) -> str:
@@ -105,7 +102,6 @@ def open_export(path: Path) -> Export:
             source_sha256=described["source_sha256"],
             weight_bytes=described["weight_bytes"],
             requantized=tuple(described["requantized"]),
-            n_calibration_tokens=described.get("n_calibration_tokens", 0),
         )
     except (KeyError, TypeError, AttributeError) as exc:
         raise ModelFormatError(f"{path / DESCRIPTION} is not complete: {exc!r}") from exc
@@ -158,10 +154,7 @@ def _whole_export(path: Path) -> Export | None:
 
 def export_key(recipe: Recipe) -> str:
     """What, besides the source, decides the bytes of an export, as eight hex digits."""
-    values = recipe.to_json()
-    if not recipe.corrected:
-        del values["corrected"]  # exports from before there was such a thing are as good as new ones
-    identity = json.dumps([EXPORTER_VERSION, values], sort_keys=True)
+    identity = json.dumps([EXPORTER_VERSION, recipe.to_json()], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
@@ -189,19 +182,13 @@ def export_model(
         tables = ["token_embd.weight"] if kept is None or config.tied else ["token_embd.weight", config.head_tensor]
         table_bytes = sum(gguf.tensors[name].n_bytes for name in tables)
         with new_folder(path, layout.n_bytes + table_bytes + (64 << 20)) as folder:
-            vectors = _vectors(gguf, config)
-            texts = calibration_texts(gguf, config.n_ctx_train, config.n_vocab) if recipe.corrected else []
             with (folder / WEIGHTS).open("wb") as file:
-                filler = Filler(gguf, layout, file, threads or os.cpu_count() or 1, progress)
-                if texts:
-                    filler.correct(config, vectors, texts)
-                else:
-                    filler.round_to_nearest()
-            _write_graph(config, layout, vectors, folder)
+                Filler(gguf, layout, file, threads or os.cpu_count() or 1, progress).fill()
+            _write_graph(config, layout, _vectors(gguf, config), folder)
             write_subset(gguf, folder / SOURCE, tables)
             if kept is not None:
                 np.save(folder / HEAD_IDS, kept)
-            _describe(config, recipe, layout, sha256, folder, n_calibration_tokens=sum(map(len, texts)))
+            _describe(config, recipe, layout, sha256, folder)
     return open_export(path)
 
 
@@ -224,9 +211,7 @@ def _vectors(gguf: GGUFFile, config: DecoderConfig) -> dict[str, NDArray[np.floa
     return vectors | biases
 
 
-def _describe(
-    config: DecoderConfig, recipe: Recipe, layout: Layout, sha256: str, folder: Path, *, n_calibration_tokens: int
-) -> None:
+def _describe(config: DecoderConfig, recipe: Recipe, layout: Layout, sha256: str, folder: Path) -> None:
     requantized = {job.tensor.type.name for job in layout.jobs if recipe.exact and not job.exact}
     described: dict[str, Any] = {
         "exporter_version": EXPORTER_VERSION,
@@ -235,6 +220,5 @@ def _describe(
         "decoder": config.to_json(),
         "weight_bytes": layout.weight_bytes,
         "requantized": sorted(requantized),
-        "n_calibration_tokens": n_calibration_tokens,
     }
     describe(folder, described)

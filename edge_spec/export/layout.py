@@ -29,8 +29,6 @@ class Job:
     matrix: StoredMatrix
     first_row: int
     exact: bool
-    corrected: bool
-    """Whether its rounding makes up for its errors, where there is a text to learn that from."""
     picked: NDArray[np.int64] | None = None
     """The rows of the tensor to take; None takes all."""
 
@@ -84,7 +82,7 @@ def plan_layout(
             matrices[name].append(matrix)
             first_row = 0
             for tensor in group:
-                jobs.append(Job(tensor, matrix, first_row, exact, recipe.corrected and not fine and not exact, picked))
+                jobs.append(Job(tensor, matrix, first_row, exact, picked))
                 first_row += tensor.shape[0]
     return Layout(matrices, jobs, end)
 

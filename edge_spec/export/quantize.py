@@ -21,13 +21,6 @@ EXACT_BITS = {GGMLType.Q4_0: 4, GGMLType.Q8_0: 8}
 EXACT_BLOCK = 32
 
 
-CLIPPED = (1.0, 0.9, 0.8, 0.7)
-"""Shares of a block's range that are tried where it may be clipped: a few outliers can cost all others their steps."""
-
-_ROWS_IN_CACHE = 512
-"""Rows of a block that are looked at together."""
-
-
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
     """Some rows of a quantised matrix.
@@ -72,50 +65,6 @@ def _quantize_with_zero_points(blocks: NDArray[np.float32], bits: int) -> Quanti
     levels += (zeros + np.float32(0.5))[:, :, None]
     np.minimum(levels, top, out=levels)
     return QuantizedRows(pack_levels(levels.astype(np.uint8), bits), scales, zeros.astype(np.uint8))
-
-
-def choose_steps(
-    columns: NDArray[np.float32], *, bits: int, zero_points: bool, importance: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scale and level of zero, float32 [N], for one block [block, N] of as many rows, to be rounded to nearest.
-
-    `importance` [block] weighs the squared errors by which the share of the range (see `CLIPPED`) is chosen.
-    """
-    n_rows = columns.shape[1]
-    scales, zeros = np.empty(n_rows, np.float32), np.empty(n_rows, np.float32)
-    for start in range(0, n_rows, _ROWS_IN_CACHE):
-        part = slice(start, start + _ROWS_IN_CACHE)
-        found = _choose_steps(np.ascontiguousarray(columns[:, part]), bits, zero_points, importance)
-        scales[part], zeros[part] = found
-    return scales, zeros
-
-
-def _choose_steps(
-    columns: NDArray[np.float32], bits: int, zero_points: bool, importance: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    top, middle = np.float32((1 << bits) - 1), np.float32(1 << (bits - 1))
-    high, low = np.maximum(columns.max(axis=0), 0), np.minimum(columns.min(axis=0), 0)
-    best = np.full(high.shape, np.inf, np.float32)
-    best_scale, best_zero = np.zeros_like(high), np.full_like(high, middle)
-    levels, nearest = np.empty_like(columns), np.empty_like(columns)
-    for share in CLIPPED:
-        if zero_points:
-            scale = (high - low) * np.float32(share) / top
-            zero = np.minimum(np.maximum(np.rint((top - (high + low) * _inverse(scale)) / 2), 0), top)
-        else:
-            scale = np.where(high > -low, high, low) * np.float32(-share) / middle
-            zero = np.full_like(high, middle)
-        # The error in steps: the scale comes in once a row, not once a weight.
-        np.multiply(columns, _inverse(scale), out=levels)
-        np.rint(levels, out=nearest)
-        np.maximum(nearest, -zero, out=nearest)
-        np.minimum(nearest, top - zero, out=nearest)
-        levels -= nearest
-        levels *= levels
-        loss = importance @ levels * scale * scale
-        better = loss < best
-        best[better], best_scale[better], best_zero[better] = loss[better], scale[better], zero[better]
-    return best_scale, best_zero
 
 
 def _inverse(scales: NDArray[np.float32]) -> NDArray[np.float32]:

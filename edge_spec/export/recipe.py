@@ -27,11 +27,10 @@ class Recipe:
 
     `block` weights share a scale; a matrix whose row length it does not divide takes the largest smaller one that does.
     `exact` carries Q4_0 and Q8_0 tensors over bit for bit (blocks of 32); the others are stored as `bits` and `block`
-    say. With `zero_points` a block's levels need not lie evenly around 0. `corrected`: rounding
-    makes up for its errors (see `correct`), where the source's tokenizer and template can read the calibration text.
+    say. With `zero_points` a block's levels need not lie evenly around 0.
     `fine` names kinds of projections (`attn_qkv`, `output`, ...) that get 8 bits in all layers; in `fine_layers`, where
     negative ones count from the last, FINE_IN_LAYERS get them too. They are rounded to nearest, in the same blocks, and
-    have no zero points: there is next to nothing to correct or to shift.
+    have no zero points: there is next to nothing to shift.
     `head_rows`, if not 0, trims the output head to about as many tokens: for drafts only.
     """
 
@@ -40,7 +39,6 @@ class Recipe:
     block: int
     exact: bool = False
     zero_points: bool = False
-    corrected: bool = False
     head_rows: int = 0
     fine: tuple[str, ...] = ()
     fine_layers: tuple[int, ...] = ()
@@ -61,6 +59,7 @@ class Recipe:
     def from_json(cls, values: dict[str, Any]) -> Recipe:
         """The inverse of `to_json`; TypeError if fields are missing or unknown."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        plain.pop("corrected", None)  # of recipes that spread a weight's error over others: the exports are as good
         return cls(**plain)
 
     def is_fine(self, projection: str, n_layer: int) -> bool:
@@ -92,19 +91,18 @@ RECIPES = {
         Recipe("int8", bits=8, block=32),
         Recipe("exact", bits=8, block=32, exact=True),
         Recipe("draft", bits=4, block=128, zero_points=True, head_rows=32768),
-        # Closer to its source, but the model has to read a text first: over a minute, where int4 takes half of one.
-        # What has 8 bits won most a byte in Qwen2.5-Coder 1.5B: see docs/quality.md.
+        # Closer to its source, for a quarter more bytes and time. What has 8 bits won most a byte in Qwen2.5-Coder
+        # 1.5B: see docs/quality.md.
         Recipe(
             "int4-accurate",
             bits=4,
             block=128,
             zero_points=True,
-            corrected=True,
-            fine=("attn_qkv", "attn_output"),
+            fine=("attn_qkv", "attn_output", "output"),
             fine_layers=(2, 3, 4, 5, -2, -1),
         ),
         # The fewest bytes and the quickest passes, at a worse agreement and perplexity than int4's.
-        Recipe("int4-fast", bits=4, block=256, zero_points=True, corrected=True),
+        Recipe("int4-fast", bits=4, block=256, zero_points=True),
         # Round to nearest and no more: what other recipes' passes and quality are measured against.
         Recipe("int4-plain", bits=4, block=128),
     )

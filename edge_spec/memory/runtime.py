@@ -56,5 +56,3 @@ EXPORTER_PER_TOKEN = 70
 EXPORT_BYTES_PER_WEIGHT = 8
 """Exporting: the libraries for it and the graph; the vocabulary, which is copied; what a thread holds a weight of its
 chunk."""
-CORRECTOR = 10 * MIB
-"""The same where errors are corrected: libraries, the calibration text and its tokenizer."""

@@ -76,7 +76,7 @@ def _foretell_export(cell: Cell, store: Store, path_of: dict[str, Path]) -> Fore
     recipe = RECIPES[cell.recipe]
     facts = facts_of_gguf(store.resolve(path_of.get(cell.model, cell.model)).path, name=cell.model)
     counted = estimate(facts, None, Settings(n_ctx=cell.n_ctx, threads=cell.threads, recipe=recipe))
-    held = runtime.PYTHON + export_bytes(facts, recipe, cell.threads)
+    held = runtime.PYTHON + export_bytes(facts, cell.threads)
     return Foretold(counted, stored_bytes(stored_matrices(facts, recipe)), held)
 
 
