@@ -58,7 +58,7 @@ class OpenVinoModels:
     @pytest.fixture
     def make_model(self, export: Export, alignment: int | None) -> MakeModel:
         def make(n_ctx: int) -> OpenVinoModel:
-            model = OpenVinoModel(export, name="tiny", n_ctx=n_ctx, threads=1, kv=self.kv)
+            model = OpenVinoModel(export, name="tiny", n_ctx=n_ctx, threads=1, kv=self.kv, park_bytes=8 << 20)
             model.align_rows(alignment)
             return model
 

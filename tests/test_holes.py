@@ -36,6 +36,10 @@ class SeeingLM(FakeLM):
         logits = np.array(seen, np.float32).reshape(rows, self.spec.n_vocab)
         return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
+    @property
+    def per_token(self) -> list[int]:
+        return self.rows
+
     def rollback(self, length: int) -> None:
         super().rollback(length)
         del self.rows[length:]

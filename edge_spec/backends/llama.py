@@ -7,11 +7,12 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_evicted, check_resized
+from edge_spec.backends._cache_limits import check_evicted, check_parks, check_resized
 from edge_spec.backends._cache_shape import CacheShape
 from edge_spec.backends._llama_context import (
     KV_TYPES,
@@ -31,6 +32,9 @@ from edge_spec.backends._llama_library import (
     last_reason,
     load_model,
 )
+from edge_spec.backends._pages import paged_array
+from edge_spec.backends._parked_here import ParkedHere
+from edge_spec.backends.base import Parked
 from edge_spec.backends.top_k import top_k
 from edge_spec.cores import check_threads
 from edge_spec.errors import (
@@ -45,6 +49,9 @@ from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 _ALLOCATION_FAILED = -2  # of llama_decode, for a compute buffer
+
+State: TypeAlias = NDArray[np.uint8]
+"""A sequence as llama.cpp saves it, bytes."""
 
 
 def load(
@@ -98,6 +105,33 @@ def load(
     return LlamaModel(library, model, context, params, spec)
 
 
+class ParkedState:
+    """A sequence as llama.cpp saves it; implements `base.Parked`."""
+
+    def __init__(self, saved: State, length: int) -> None:
+        self.saved: State | None = saved
+        self._length = length
+
+    @property
+    def length(self) -> int:
+        """Number of its tokens."""
+        return self._length
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the copy: nothing is shared."""
+        return 0 if self.saved is None else len(self.saved)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it was given back, or restored."""
+        return self.saved is None
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.saved = None
+
+
 class LlamaModel:
     """A `CausalLM` on one llama.cpp context. Made by `load`; not for use by two threads at once."""
 
@@ -111,6 +145,7 @@ class LlamaModel:
         self._length = 0
         self._unturned = False
         self._batch = Batch(library, int(library.llama_n_batch(context)))
+        self._parked: ParkedHere[ParkedState] = ParkedHere()
         self._release = weakref.finalize(self, self._handles.free)
 
     @property
@@ -196,8 +231,39 @@ class LlamaModel:
             raise
         self.spec = replace(self.spec, n_ctx=n_ctx)
 
+    @property
+    def park_bytes(self) -> int:
+        """See `CausalLM.park_bytes`."""
+        return self._state_bytes()
+
+    def park(self) -> Parked:
+        """See `CausalLM.park`; costs a copy."""
+        self._require_open()
+        check_parks(self.spec)
+        self._settle()
+        return self._parked.add(ParkedState(self._save(), self._length))
+
+    def resume(self, parked: Parked) -> None:
+        """See `CausalLM.resume`; costs a copy."""
+        self._require_open()
+        taken = self._parked.check(self.spec, parked)
+        assert taken.saved is not None, "it was checked"
+        self._library.llama_memory_clear(self._memory, False)
+        self._length, self._unturned = taken.length, False
+        self._restore(taken.saved)
+        taken.free()
+
+    def swap(self, parked: Parked) -> Parked:
+        """See `CausalLM.swap`; both sequences are held twice for a moment."""
+        self._require_open()
+        self._parked.check(self.spec, parked)
+        left = self.park()
+        self.resume(parked)
+        return left
+
     def close(self) -> None:
         """Free context and weights; views on logits end here."""
+        self._parked.free()
         self._release()
 
     def _settle(self) -> None:
@@ -214,15 +280,21 @@ class LlamaModel:
         self._library.llama_memory_clear(self._memory, False)
         self._restore(saved)
 
-    def _save(self) -> ctypes.Array[ctypes.c_uint8]:
-        """The sequence's state, a copy."""
-        size = int(self._library.llama_state_seq_get_size(self._handles.context, SEQUENCE))
-        saved: ctypes.Array[ctypes.c_uint8] = (ctypes.c_uint8 * size)()
-        if self._library.llama_state_seq_get_data(self._handles.context, saved, size, SEQUENCE) != size:
+    def _save(self) -> State:
+        """The sequence's state, a copy. Raises BackendMemoryError."""
+        size = self._state_bytes()
+        try:
+            saved: State = paged_array((size,), np.uint8)
+        except MemoryError as exc:
+            raise BackendMemoryError(f"{self.spec.name}: not enough memory to set its cache aside: {exc}") from exc
+        if self._library.llama_state_seq_get_data(self._handles.context, _pointer(saved), size, SEQUENCE) != size:
             raise BackendError(f"{self.spec.name}: llama.cpp did not save its cache")
         return saved
 
-    def _renew(self, n_ctx: int, saved: ctypes.Array[ctypes.c_uint8]) -> None:
+    def _state_bytes(self) -> int:
+        return int(self._library.llama_state_seq_get_size(self._handles.context, SEQUENCE))
+
+    def _renew(self, n_ctx: int, saved: State) -> None:
         """Put a context of `n_ctx` tokens that holds a saved state in the place of what there is."""
         handles = self._handles
         handles.drop_context()
@@ -230,10 +302,10 @@ class LlamaModel:
         self._memory = self._library.llama_get_memory(handles.context)
         self._restore(saved)
 
-    def _restore(self, saved: ctypes.Array[ctypes.c_uint8]) -> None:
+    def _restore(self, saved: State) -> None:
         """Read a saved state into the empty cache."""
         size, context = len(saved), self._handles.context
-        if self._length and self._library.llama_state_seq_set_data(context, saved, size, SEQUENCE) != size:
+        if self._length and self._library.llama_state_seq_set_data(context, _pointer(saved), size, SEQUENCE) != size:
             raise BackendError(f"{self.spec.name}: llama.cpp did not restore its cache: {last_reason()}")
 
     def _run(self, ids: np.ndarray[Any, Any], rows: int) -> None:
@@ -275,6 +347,10 @@ class LlamaModel:
                 f"{self.spec.name} keeps its state from position {oldest_kept} on (recurrent, or a sliding window); "
                 f"going back to {length} tokens needs it from {oldest_needed} on: roll back to 0 and read again"
             )
+
+
+def _pointer(state: State) -> Any:
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _checked_ids(tokens: Sequence[int], n_vocab: int) -> np.ndarray[Any, Any]:
