@@ -42,6 +42,9 @@ class CausalLMContract:
     resize_keeps: ClassVar[int] = N_CTX
     """Tokens from the end that can be rolled back over behind a change of the cache's length."""
 
+    traceless: ClassVar[int] = 1
+    """Tokens whose rollback leaves no trace: to a multiple of so many."""
+
     @pytest.fixture
     def make_model(self) -> MakeModel:
         """Override: the way to load a model."""
@@ -398,6 +401,8 @@ class CausalLMContract:
     @pytest.mark.parametrize("shared", [0, 5, 32, 45])
     def test_two_sequences_that_begin_alike_do_not_disturb_each_other(self, model: CausalLM, shared: int) -> None:
         """They take turns, each some tokens at a time, through drafts that are rejected."""
+        if shared % self.traceless:
+            pytest.skip("a rollback leaves a trace, parked or not")
         one = draw(model, 60)
         two = one[:shared] + draw(model, 60, seed=1)[shared:]
         wrong = draw(model, 3, seed=2)

@@ -88,6 +88,7 @@ class TestByteCache(OpenVinoContract):
     kv = "u8"
     aligned = False
     atol = 0.5
+    traceless = 32
 
 
 class TestEviction(OpenVinoModels, ShallowContract):

@@ -12,7 +12,7 @@ import pytest
 from edge_spec.backends.top_k import top_k
 from edge_spec.context import Sinks, Stretch, read_on
 from edge_spec.decoding import Drafter, NoDrafter, Session, SpeculativeDecoder
-from edge_spec.decoding.session import unfold
+from edge_spec.decoding.holes import unfold
 from edge_spec.drafting import LookupDrafter, ModelDrafter
 from edge_spec.errors import ContextLengthError
 from edge_spec.types import Context, Decoded, Draft, FinishReason, Hole, Logits, Output, SamplingParams

@@ -50,9 +50,9 @@ class Squeeze:
 # On fakes
 
 
-def test_the_first_rung_is_the_draft_then_the_context_then_the_window() -> None:
+def test_the_first_rung_is_what_is_parked_then_the_draft_then_the_context_then_the_window() -> None:
     ladder = Ladder(Session(FakeLM()), None, Held())
-    assert ladder.rungs == [ladder.unload_draft, ladder.prune_context, ladder.fit_window]
+    assert ladder.rungs == [ladder.give_up_parked, ladder.unload_draft, ladder.prune_context, ladder.fit_window]
 
 
 def read_session(n_ctx: int, length: int) -> Session:

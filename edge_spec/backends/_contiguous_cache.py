@@ -13,7 +13,6 @@ from edge_spec.backends._rotation import turn_keys
 from edge_spec.backends.kv_scales import LEVELS, KvScales
 from edge_spec.export.architecture import DecoderConfig
 
-
 Pair = tuple[NDArray[Any], NDArray[Any]]
 """Keys and values of a layer, [1, n_kv_head, tokens, head_dim]."""
 

@@ -20,7 +20,6 @@ from edge_spec.backends._cache_limits import (
     check_exact,
     check_parks,
     check_resized,
-    check_resumed,
 )
 from edge_spec.backends._contiguous_cache import ContiguousCache, ParkedArrays
 from edge_spec.backends._mapped_file import drop_file_pages
