@@ -56,7 +56,7 @@ class SeeingLM(FakeLM):
 
 def fresh(context: Context, holes: Sequence[Hole]) -> Logits:
     """The logits behind a context that is read as it came about."""
-    model = SeeingLM()
+    model = SeeingLM(n_ctx=512)
     for hole, stage in zip(holes, unfold(list(context), holes), strict=False):
         known = len(model.tokens)
         assert model.tokens == stage[:known]

@@ -95,12 +95,17 @@ class ContiguousCache:
         """Park the first `length` tokens and resume others. Pages of no more than a layer are held twice.
 
         Raises MemoryError with everything as it was: what is allocated takes no memory before it is written.
+        RuntimeError if there is none for turning keys in the middle of it.
         """
         fresh = self._allocate_parked(length)
-        for layer, (key, value) in enumerate(fresh.layers):
-            key[...], value[...] = self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
-            self._take(layer, parked)
-        parked.free()
+        try:
+            for layer, (key, value) in enumerate(fresh.layers):
+                key[...], value[...] = self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
+                self._take(layer, parked)
+        except MemoryError as exc:
+            raise RuntimeError("no memory to turn keys with; two sequences are lost") from exc
+        finally:
+            parked.free()
         return fresh
 
     def resize(self, n_ctx: int, capacity: int, length: int) -> None:

@@ -7,10 +7,9 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_spec.backends._cache_limits import check_evicted, check_parks, check_resized
 from edge_spec.backends._cache_shape import CacheShape
@@ -32,7 +31,7 @@ from edge_spec.backends._llama_library import (
     last_reason,
     load_model,
 )
-from edge_spec.backends._pages import paged_array
+from edge_spec.backends._llama_state import ParkedState, State, restore, save, state_bytes
 from edge_spec.backends._parked_here import ParkedHere
 from edge_spec.backends.base import Parked
 from edge_spec.backends.top_k import top_k
@@ -49,9 +48,6 @@ from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 _ALLOCATION_FAILED = -2  # of llama_decode, for a compute buffer
-
-State: TypeAlias = NDArray[np.uint8]
-"""A sequence as llama.cpp saves it, bytes."""
 
 
 def load(
@@ -103,33 +99,6 @@ def load(
         raise
     spec = describe(library, model, context, shape, turns, name=name, n_ctx=n_ctx, max_rows=max_rows, kv=kv)
     return LlamaModel(library, model, context, params, spec)
-
-
-class ParkedState:
-    """A sequence as llama.cpp saves it; implements `base.Parked`."""
-
-    def __init__(self, saved: State, length: int) -> None:
-        self.saved: State | None = saved
-        self._length = length
-
-    @property
-    def length(self) -> int:
-        """Number of its tokens."""
-        return self._length
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the copy: nothing is shared."""
-        return 0 if self.saved is None else len(self.saved)
-
-    @property
-    def is_free(self) -> bool:
-        """Whether it was given back, or restored."""
-        return self.saved is None
-
-    def free(self) -> None:
-        """Give the memory back."""
-        self.saved = None
 
 
 class LlamaModel:
@@ -234,7 +203,7 @@ class LlamaModel:
     @property
     def park_bytes(self) -> int:
         """See `CausalLM.park_bytes`."""
-        return self._state_bytes()
+        return state_bytes(self._library, self._handles.context)
 
     def park(self) -> Parked:
         """See `CausalLM.park`; costs a copy."""
@@ -281,18 +250,7 @@ class LlamaModel:
         self._restore(saved)
 
     def _save(self) -> State:
-        """The sequence's state, a copy. Raises BackendMemoryError."""
-        size = self._state_bytes()
-        try:
-            saved: State = paged_array((size,), np.uint8)
-        except MemoryError as exc:
-            raise BackendMemoryError(f"{self.spec.name}: not enough memory to set its cache aside: {exc}") from exc
-        if self._library.llama_state_seq_get_data(self._handles.context, _pointer(saved), size, SEQUENCE) != size:
-            raise BackendError(f"{self.spec.name}: llama.cpp did not save its cache")
-        return saved
-
-    def _state_bytes(self) -> int:
-        return int(self._library.llama_state_seq_get_size(self._handles.context, SEQUENCE))
+        return save(self._library, self._handles.context, self.spec.name)
 
     def _renew(self, n_ctx: int, saved: State) -> None:
         """Put a context of `n_ctx` tokens that holds a saved state in the place of what there is."""
@@ -304,9 +262,8 @@ class LlamaModel:
 
     def _restore(self, saved: State) -> None:
         """Read a saved state into the empty cache."""
-        size, context = len(saved), self._handles.context
-        if self._length and self._library.llama_state_seq_set_data(context, _pointer(saved), size, SEQUENCE) != size:
-            raise BackendError(f"{self.spec.name}: llama.cpp did not restore its cache: {last_reason()}")
+        if self._length:
+            restore(self._library, self._handles.context, self.spec.name, saved)
 
     def _run(self, ids: np.ndarray[Any, Any], rows: int) -> None:
         forget_errors()
@@ -347,10 +304,6 @@ class LlamaModel:
                 f"{self.spec.name} keeps its state from position {oldest_kept} on (recurrent, or a sliding window); "
                 f"going back to {length} tokens needs it from {oldest_needed} on: roll back to 0 and read again"
             )
-
-
-def _pointer(state: State) -> Any:
-    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _checked_ids(tokens: Sequence[int], n_vocab: int) -> np.ndarray[Any, Any]:

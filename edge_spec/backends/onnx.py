@@ -194,7 +194,8 @@ class OnnxModel(PaddedModel):
         """See `CausalLM.resume`; costs a copy, whose source goes layer by layer."""
         self._require_open()
         taken = self._parked.check(self._spec, parked)
-        self._cache.resume(taken)
+        with translated(f"taking {taken.length} tokens up again"):
+            self._cache.resume(taken)
         self._length = taken.length
 
     def swap(self, parked: Parked) -> Parked:

@@ -118,7 +118,7 @@ class Parking:
             self._kept.append(_Kept(Cached(list(cached.tokens), list(cached.holes)), parked))
 
     def _is_kept(self, cached: Cached, besides: _Kept | None) -> bool:
-        """Whether something else that is parked serves for `cached`, which is then used; gives up what that replaces."""
+        """Whether something else that is parked serves for `cached`, and is used so; else `cached` replaces some."""
         for kept in [kept for kept in self._kept if kept is not besides]:
             if self._covers(kept.cached, cached):
                 self._kept.remove(kept)

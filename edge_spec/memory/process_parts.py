@@ -1,5 +1,5 @@
-"""The parts that belong to no model: interpreter, tokenizer, indexes, the backends' libraries, all measured; and what is
-set aside for parked chats."""
+"""The parts that belong to no model: interpreter, tokenizer, indexes and the backends' libraries, all of them measured;
+and what is set aside for parked chats."""
 
 from __future__ import annotations
 
