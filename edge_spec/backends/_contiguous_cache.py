@@ -27,6 +27,7 @@ class ParkedArrays:
         self.layers = layers
         self.n_ctx = n_ctx
         self._length = length
+        self._n_bytes = sum(key.nbytes + value.nbytes for key, value in layers)
 
     @property
     def length(self) -> int:
@@ -36,7 +37,7 @@ class ParkedArrays:
     @property
     def n_bytes(self) -> int:
         """Bytes of the copies: nothing is shared."""
-        return sum(key.nbytes + value.nbytes for key, value in self.layers)
+        return self._n_bytes if self.layers else 0
 
     @property
     def is_free(self) -> bool:

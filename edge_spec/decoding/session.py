@@ -113,6 +113,7 @@ class Session:
         """Evict what a context has lost, all but its last token having been read, before anything more is."""
         sequence = list(context)
         self._asked = len(sequence)
+        self._change_over(sequence, holes)
         self._follow(sequence, self._usable(sequence, holes), len(sequence) - 1, Reading(None, 0, self._chunk))
         self._parking.fit()
 
