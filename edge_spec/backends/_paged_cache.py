@@ -51,8 +51,12 @@ class ParkedBlocks:
     def free(self) -> None:
         """Give back what nobody else holds."""
         if self.table is not None:
-            self._cache.drop(self.table)
-            self.table = None
+            table, self.table = self.table, None
+            self._cache.drop(table)
+
+    def __del__(self) -> None:
+        """One that was lost, by an interrupt say, keeps no blocks from others."""
+        self.free()
 
 
 class PagedCache:

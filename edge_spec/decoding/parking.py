@@ -14,7 +14,7 @@ WORTH_PARKING = 64
 """Tokens that would be lost, or saved, below which reading is as cheap as keeping."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Kept:
     cached: Cached
     parked: Parked
@@ -109,13 +109,25 @@ class Parking:
 
     def _park(self, cached: Cached, instead_of: _Kept | None = None) -> None:
         """Park what is cached, if it can be, and resume what is to take its place, if anything is."""
-        parked = None if self._is_kept(cached, instead_of) else self._set_aside(instead_of)
-        if instead_of is not None and parked is not None:
+        if self._is_kept(cached, instead_of) or not self._make_room(self._model.park_bytes, instead_of):
+            if instead_of is not None:
+                self._resume(instead_of)
+            return
+        # Off the list first: whatever interrupts it, what may be half in the cache is not taken for whole.
+        if instead_of is not None:
             self._kept.remove(instead_of)
-        elif instead_of is not None:
-            self._resume(instead_of)
-        if parked is not None:
-            self._kept.append(_Kept(Cached(list(cached.tokens), list(cached.holes)), parked))
+        try:
+            parked = self._model.park() if instead_of is None else self._model.swap(instead_of.parked)
+        except MEMORY_FAILURES:
+            # Keeping is a favour: it will be read again.
+            if instead_of is not None:
+                self._take(instead_of)
+            return
+        except BaseException:
+            if instead_of is not None:
+                instead_of.parked.free()
+            raise
+        self._kept.append(_Kept(Cached(list(cached.tokens), list(cached.holes)), parked))
 
     def _is_kept(self, cached: Cached, besides: _Kept | None) -> bool:
         """Whether something else that is parked serves for `cached`, and is used so; else `cached` replaces some."""
@@ -128,21 +140,12 @@ class Parking:
                 self._give_up(kept)
         return False
 
-    def _set_aside(self, instead_of: _Kept | None) -> Parked | None:
-        """What is cached, parked, with what takes its place cached; None, and nothing done, where there is no room."""
-        if not self._make_room(self._model.park_bytes, instead_of):
-            return None
-        try:
-            return self._model.park() if instead_of is None else self._model.swap(instead_of.parked)
-        except MEMORY_FAILURES:
-            return None  # keeping is a favour: it is read again
-        except BaseException:
-            if instead_of is not None:
-                self._give_up(instead_of)  # half of it may be in the cache
-            raise
-
     def _resume(self, kept: _Kept) -> None:
         self._kept.remove(kept)
+        self._take(kept)
+
+    def _take(self, kept: _Kept) -> None:
+        """Cache what is off the list; whatever comes of it, it is not parked any more."""
         try:
             self._model.resume(kept.parked)
         finally:
