@@ -54,11 +54,10 @@ class Parking:
         else None. Raises BackendError if the library fails: what the cache holds is then unknown.
         """
         here = cached or Cached([])
-        unread = here.count_unread(sequence, holes, exact=self._exact)
         lost = self._count_lost(here, sequence, holes)
-        if max(unread, lost) < WORTH_PARKING:
-            return None
-        best = self._best(sequence, holes, unread)
+        if max(lost, len(sequence) - len(here.tokens) + lost) < WORTH_PARKING:
+            return None  # as at nearly every step of a generation
+        best = self._best(sequence, holes, here.count_unread(sequence, holes, exact=self._exact))
         if lost >= WORTH_PARKING:
             self._park(here, instead_of=best)
         elif best is not None:
