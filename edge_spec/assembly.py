@@ -34,17 +34,28 @@ DRAFT_TOKENS, LOOKUP_TOKENS = 3, 7
 PLANNED_TOKENS = 7
 
 
+def split_parked(models: OpenedModels, parked: int) -> tuple[int, int]:
+    """Of the bytes that parked chats may hold, the target's and the draft's: as their caches grow with a token."""
+    target, draft = (
+        one.model.spec.kv_bytes_per_token if one is not None and one.model.spec.can_park else 0
+        for one in (models.target, models.draft)
+    )
+    of_draft = parked * draft // max(1, target + draft)
+    return parked - of_draft, of_draft
+
+
 def make_drafters(
-    models: OpenedModels, past: PastAnswers | None, draft_tokens: int | None, *, batch: int
+    models: OpenedModels, past: PastAnswers | None, draft_tokens: int | None, *, batch: int, parked: int = 0
 ) -> dict[str, Drafter]:
     """Every drafter by its name; "auto" plans with all of them.
 
-    `draft_tokens`: the longest draft of the model; `batch`: tokens of a prompt that it reads at a time.
+    `draft_tokens`: the longest draft of the model; `batch`: tokens of a prompt that it reads at a time; `parked`: bytes
+    that it may hold of other chats.
     """
     target = models.target.model.spec
     model = None
     if models.draft is not None:
-        session = Session(models.draft.model, exact=False, chunk=batch)
+        session = Session(models.draft.model, exact=False, chunk=batch, parked_bytes=parked)
         model = ModelDrafter(session, draft_tokens=draft_tokens or DRAFT_TOKENS)
     drafters: dict[str, Drafter] = {
         "none": NoDrafter(),
@@ -145,6 +156,8 @@ def describe(fitted: FittedRequest, models: OpenedModels, drafter: str, load_s: 
     if drafter != "none" and target.model.spec.row_alignment is None:
         reason = "no padding makes passes agree here" if request.aligns else "rows are not padded here"
         notes.append(f"{reason}: in a near tie, greedy text may differ from plain decoding's")
+    if request.parked and not target.model.spec.can_park:
+        notes.append(f"{source.name} cannot set a chat aside on {target.backend}: nothing of it is parked")
     usual = KV_TYPES[target.backend][0]
     if target.model.spec.kv_type != usual:
         notes.append(f"keys and values are stored as {target.model.spec.kv_type}: texts may differ from {usual}'s")

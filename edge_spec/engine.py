@@ -14,7 +14,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.assembly import KeptLessons, References, describe, make_drafters, past_answers
+from edge_spec.assembly import KeptLessons, References, describe, make_drafters, past_answers, split_parked
 from edge_spec.chat_template import ChatTemplate
 from edge_spec.context import Surprisal, draft_score, report
 from edge_spec.conversation import Chat
@@ -106,6 +106,7 @@ class Engine:
         history: bool = False,
         ram: str | int | None = None,
         kv: str | None = None,
+        parked: str | int = 0,
         on_progress: StageProgress | None = None,
     ) -> Engine:
         """Load a pair by its name (default: qwen2.5-coder), or `target` and, if wanted, `draft`.
@@ -133,13 +134,18 @@ class Engine:
         the first of each unless given.
         Fewer bits take less memory and change the text; with "u8" it depends on the drafter too.
 
+        `parked` (a size like "256MiB", or bytes) is what the caches may hold of chats that another one has displaced,
+        so that one that goes on reads only what is new; without it, chats that take turns read their own parts again
+        each time. What no longer fits goes, the least recently used first. The text does not change for it.
+
         `history` keeps the ids of every answer in a file of at most 4 MiB that only this user may read, and lets
         "auto" and "history" copy from it: `edge-spec history` shows and clears it.
 
         `ram` is the most memory that the process may hold: a size ("3GiB"), bytes, or the name of a device; it is never
         more than what the machine has to spare, which is what None stands for. What does not fit is made to, before
-        anything is loaded: shorter passes over prompts, a smaller window unless `n_ctx` asks for one, no draft; the
-        notes and `info.given_up` say which. While it runs the same budget is watched: see `FinishReason.MEMORY`.
+        anything is loaded: nothing parked, shorter passes over prompts, a smaller window unless `n_ctx` asks for one,
+        no draft; the notes and `info.given_up` say which. While it runs the same budget is watched: see
+        `FinishReason.MEMORY`.
 
         Raises MemoryBudgetError (with what would fit), ModelNotFoundError (with the command that fetches it),
         VocabMismatchError, BackendUnavailableError, UnsupportedArchitectureError, ModelFormatError, UsageError,
@@ -163,13 +169,15 @@ class Engine:
             history=history,
             ram=ram,
             kv=kv,
+            parked=parked,
         )
         fitted = fit(resolve(options, store), options)
         request = fitted.request
         models = open_models(request, store, on_progress)
         past = past_answers(store, request.source.tokenizer) if history else None
-        drafters = make_drafters(models, past, draft_tokens, batch=request.batch)
-        session = Session(models.target.model, chunk=request.batch)
+        of_target, of_draft = split_parked(models, request.parked)
+        drafters = make_drafters(models, past, draft_tokens, batch=request.batch, parked=of_draft)
+        session = Session(models.target.model, chunk=request.batch, parked_bytes=of_target)
         ladder = make_ladder(session, drafters)
         return cls(
             describe(fitted, models, drafter, perf_counter() - started),
@@ -302,7 +310,7 @@ class Engine:
         return self._source.tokenizer
 
     def reset(self) -> None:
-        """Forget what the caches hold, so that the next prompt is read from its first token."""
+        """Forget what the caches hold and what is parked, so that the next prompt is read from its first token."""
         for session in self._sessions():
             session.forget()
 

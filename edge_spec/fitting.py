@@ -59,6 +59,7 @@ def fit(request: LoadRequest, options: LoadOptions) -> FittedRequest:
         request,
         n_ctx=settings.n_ctx,
         batch=settings.batch,
+        parked=settings.parked,
         kv=settings.kv if settings.kv in freedom.kv else request.kv,
         draft_source=_drafting(plan, request, smaller),
     )
@@ -98,6 +99,7 @@ def _settings(request: LoadRequest, options: LoadOptions, target: ModelFacts) ->
         threads=request.threads,
         recipe=request.recipe if backend != "llama" else None,
         history=options.history,
+        parked=request.parked,
     )
 
 

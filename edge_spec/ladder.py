@@ -55,11 +55,23 @@ class Ladder:
 
     @property
     def rungs(self) -> list[Rung]:
-        """No draft model; half of the context; no more window than what is left of it needs.
+        """No parked chats; no draft model; half of the context; no more window than what is left of it needs.
 
         The last two alternate until neither has anything to give.
         """
-        return [self.unload_draft, self.prune_context, self.fit_window]
+        return [self.give_up_parked, self.unload_draft, self.prune_context, self.fit_window]
+
+    def give_up_parked(self) -> str | None:
+        """Forget the sequences that others have displaced, and keep none from now on."""
+        sessions = [self._target, *([self._model.session] if self._model else [])]
+        if not any(session.parked_bytes for session in sessions):
+            return None
+
+        def stop() -> None:
+            for session in sessions:
+                session.stop_parking()
+
+        return f"parked chats were given up ({self._saved_by(stop)} given back)"
 
     def unload_draft(self) -> str | None:
         """Close the draft model; what is written goes on without it."""

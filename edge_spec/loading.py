@@ -152,12 +152,13 @@ def _read(name: str, path: Path, sha256: str, export: Export | GraphExport | Non
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
     """Loads sources. `backend` is one of BACKENDS, `kv` one of its KV_TYPES or None for its own; `recipe` None follows
-    the source."""
+    the source. `park_bytes`: what sequences that are set aside may hold."""
 
     store: Store
     backend: str
     threads: int
     kv: str | None = None
+    park_bytes: int = 0
     progress: StageProgress | None = None
 
     def load(self, source: Source, *, n_ctx: int, recipe: Recipe | None, aligned: bool) -> LoadedModel:
@@ -231,7 +232,9 @@ class Loader:
             from edge_spec.backends.openvino import OpenVinoModel
 
             kv = self.kv or KV_TYPES["openvino"][0]
-            return OpenVinoModel(export, name=source.name, n_ctx=n_ctx, threads=self.threads, kv=kv)
+            return OpenVinoModel(
+                export, name=source.name, n_ctx=n_ctx, threads=self.threads, kv=kv, park_bytes=self.park_bytes
+            )
         from edge_spec.backends.onnx import OnnxModel
 
         scales = self._kv_scales(source, export) if self.kv == "q8" else None

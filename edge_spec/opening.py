@@ -35,6 +35,7 @@ from edge_spec.loading import (
     processor_key,
     running_backends,
 )
+from edge_spec.sizes import parse_size
 from edge_spec.store import DEFAULT_PAIR, Store
 from edge_spec.store.manifest import Pair
 from edge_spec.tokenizer import check_same_vocabulary
@@ -69,6 +70,7 @@ class LoadOptions:
     history: bool = False
     ram: str | int | None = None
     kv: str | None = None
+    parked: str | int = 0
 
     def check(self) -> None:
         """Raise UsageError for what can be refused before any file is opened."""
@@ -82,6 +84,7 @@ class LoadOptions:
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens={self.draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
         check_threads(self.threads)
+        parked_bytes(self.parked)
         if self.drafter == "history" and not self.history:
             raise UsageError(NO_HISTORY)
         if not self.pad_rows and self.backend == "llama":
@@ -107,6 +110,8 @@ class LoadRequest:
     pad_rows: bool
     batch: int
     """Tokens of a prompt that are read at a time."""
+    parked: int
+    """Bytes that caches of other chats may hold, the draft's too."""
     kv: str | None
     """What keys and values are stored as, the draft's too where it runs on the same backend; None is the backend's own
     type."""
@@ -161,6 +166,7 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
         recipe=chosen_recipe(options.recipe, chosen.backend, source),
         pad_rows=options.pad_rows,
         batch=PREFILL_CHUNK,
+        parked=parked_bytes(options.parked),
         kv=options.kv,
         chat_sampling=known.sampling if known else SamplingParams(),
         chat_system=known.system if known else None,
@@ -223,7 +229,14 @@ def _recommended_threads(store: Store, backend: str) -> int | None:
 
 def open_models(request: LoadRequest, store: Store, progress: StageProgress | None = None) -> OpenedModels:
     """Load the target, then the draft; a failure leaves nothing open. Raises what `Engine.load` raises."""
-    loader = Loader(store=store, backend=request.backend, threads=request.threads, kv=request.kv, progress=progress)
+    loader = Loader(
+        store=store,
+        backend=request.backend,
+        threads=request.threads,
+        kv=request.kv,
+        park_bytes=request.parked,
+        progress=progress,
+    )
     with ExitStack() as opened:
         target = loader.load(request.source, n_ctx=request.n_ctx, recipe=request.recipe, aligned=request.pad_rows)
         opened.callback(target.model.close)
@@ -239,6 +252,15 @@ def open_models(request: LoadRequest, store: Store, progress: StageProgress | No
             opened.callback(draft.model.close)
         opened.pop_all()
     return OpenedModels(target, draft)
+
+
+def parked_bytes(parked: str | int) -> int:
+    """Bytes of a size like "256MiB", or as they are; UsageError for what is neither."""
+    if isinstance(parked, str):
+        return parse_size(parked)
+    if isinstance(parked, bool) or not isinstance(parked, int) or parked < 0:
+        raise UsageError(f"parked={parked!r}: give a size like '256MiB', or a number of bytes")
+    return parked
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -104,6 +104,8 @@ class ModelSpec:
     """Whether tokens can be dropped from the middle of the cache."""
     can_resize: bool = False
     """Whether the cache can be made anew in another length with its tokens kept."""
+    can_park: bool = False
+    """Whether a cached sequence can be set aside for another one, and taken up again to the bit."""
 
 
 TOP_K = 64

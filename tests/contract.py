@@ -16,7 +16,7 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 import pytest
 
-from edge_spec.backends.base import CausalLM
+from edge_spec.backends.base import CausalLM, Parked
 from edge_spec.errors import (
     CacheUnsupportedError,
     ContextLengthError,
@@ -41,6 +41,9 @@ class CausalLMContract:
     """What an argument out of range raises."""
     resize_keeps: ClassVar[int] = N_CTX
     """Tokens from the end that can be rolled back over behind a change of the cache's length."""
+
+    traceless: ClassVar[int] = 1
+    """Tokens whose rollback leaves no trace: to a multiple of so many."""
 
     @pytest.fixture
     def make_model(self) -> MakeModel:
@@ -371,6 +374,190 @@ class CausalLMContract:
             model.resize(n_ctx)
         assert (model.spec.n_ctx, model.length) == (N_CTX, 10)
         self.assert_same(model, model.decode(tokens[10:]).logits, expected)
+
+    # Setting sequences aside
+
+    def park(self, model: CausalLM) -> Parked:
+        """What is cached, set aside; skips where that cannot be."""
+        if not model.spec.can_park:
+            with pytest.raises(CacheUnsupportedError):
+                model.park()
+            pytest.skip("the cache cannot set sequences aside")
+        return model.park()
+
+    @pytest.mark.parametrize("length", [1, 20, 32, 50])
+    def test_a_resumed_sequence_is_to_the_bit_as_if_it_had_never_left(self, model: CausalLM, length: int) -> None:
+        tokens, other = draw(model, length + 4), draw(model, 60, seed=1)
+        read(model, tokens[:length])
+        expected = model.decode(tokens[length:], rows=4).logits.copy()
+        read(model, tokens[:length])
+        parked = self.park(model)
+        assert (parked.length, model.length) == (length, length)
+        read(model, other)
+        model.resume(parked)
+        assert model.length == length
+        assert np.array_equal(model.decode(tokens[length:], rows=4).logits, expected)
+
+    @pytest.mark.parametrize("shared", [0, 5, 32, 45])
+    def test_two_sequences_that_begin_alike_do_not_disturb_each_other(self, model: CausalLM, shared: int) -> None:
+        """They take turns, each some tokens at a time, through drafts that are rejected."""
+        if shared % self.traceless:
+            pytest.skip("a rollback leaves a trace, parked or not")
+        one = draw(model, 60)
+        two = one[:shared] + draw(model, 60, seed=1)[shared:]
+        wrong = draw(model, 3, seed=2)
+
+        def go_on(sequence: list[int], start: int) -> Logits:
+            model.decode(wrong)
+            model.rollback(model.length - 3)
+            return model.decode(sequence[start : start + 4], rows=4).logits.copy()
+
+        def begin(sequence: list[int]) -> None:
+            model.rollback(shared)
+            model.decode(sequence[shared:48], rows=0)
+
+        model.decode(one[:48], rows=0)
+        alone = []
+        for sequence in (one, two):
+            begin(sequence)
+            alone.append([go_on(sequence, start) for start in (48, 52, 56)])
+        begin(one)
+        parked = self.park(model)
+        begin(two)
+        parked = model.swap(parked)
+        for turn, start in enumerate((48, 52, 56)):
+            assert np.array_equal(go_on(one, start), alone[0][turn])
+            parked = model.swap(parked)
+            assert np.array_equal(go_on(two, start), alone[1][turn])
+            if turn < 2:
+                parked = model.swap(parked)
+
+    def test_what_is_done_to_the_cache_does_not_change_what_is_parked(self, model: CausalLM) -> None:
+        tokens, other = draw(model, 44), draw(model, 60, seed=1)
+        read(model, tokens[:40])
+        expected = model.decode(tokens[40:], rows=4).logits.copy()
+        read(model, tokens[:40])
+        parked = self.park(model)
+        if model.spec.can_evict:
+            model.evict(3, 13)
+            model.decode(other[:9])
+            model.evict(0, 20)
+        if model.spec.can_resize:
+            model.resize(40)
+            model.resize(2 * N_CTX)
+        model.decode(other[:3])
+        if self.resize_keeps >= N_CTX:
+            model.rollback(5)
+            model.decode(other[3:20])
+        model.resume(parked)
+        assert model.length == 40
+        assert np.array_equal(model.decode(tokens[40:], rows=4).logits, expected)
+
+    def test_an_eviction_is_parked_too(self, model: CausalLM) -> None:
+        if not model.spec.can_evict:
+            pytest.skip("the cache cannot evict")
+        tokens = draw(model, 44)
+
+        def evicted() -> None:
+            read(model, tokens[:40])
+            model.evict(3, 13)
+
+        evicted()
+        expected = model.decode(tokens[40:], rows=4).logits.copy()
+        evicted()
+        parked = self.park(model)
+        read(model, draw(model, 50, seed=1))
+        model.resume(parked)
+        assert model.length == 30
+        self.assert_same(model, model.decode(tokens[40:], rows=4).logits, expected)
+
+    def test_a_resumed_sequence_can_be_rolled_back_evicted_and_resized(self, model: CausalLM) -> None:
+        tokens, other = draw(model, 44), draw(model, 30, seed=1)
+
+        def go_on() -> Logits:
+            if model.spec.can_evict:
+                model.evict(2, 7)
+            if model.spec.can_resize:
+                model.resize(50)
+            if self.resize_keeps >= N_CTX:
+                model.rollback(model.length - 3)
+            logits = model.decode(tokens[40:], rows=4).logits.copy()
+            if model.spec.can_resize:
+                model.resize(N_CTX)
+            return logits
+
+        read(model, tokens[:40])
+        expected = go_on()
+        read(model, tokens[:40])
+        parked, again = self.park(model), model.park()
+        read(model, other)
+        for sequence in (parked, again):
+            model.resume(sequence)
+            self.assert_same(model, go_on(), expected)
+
+    def test_a_parked_sequence_counts_until_it_is_freed_or_resumed(self, model: CausalLM) -> None:
+        assert model.park_bytes >= 0
+        read(model, draw(model, 50))
+        parked, again = self.park(model), model.park()
+        read(model, draw(model, 3, seed=1))
+        each = model.spec.kv_bytes_per_token
+        assert parked.n_bytes + again.n_bytes >= 50 * each
+        model.resume(again)
+        again.free()
+        assert again.n_bytes == 0
+        model.rollback(0)
+        assert parked.n_bytes >= 50 * each
+        parked.free()
+        parked.free()
+        assert parked.n_bytes == 0
+        for gone in (parked, again):
+            for call in (model.resume, model.swap):
+                with pytest.raises(self.misuse):
+                    call(gone)
+        assert model.length == 0
+
+    def test_an_empty_cache_can_be_parked(self, model: CausalLM) -> None:
+        tokens = draw(model, 12)
+        expected = read(model, tokens)
+        model.rollback(0)
+        empty = self.park(model)
+        model.decode(tokens[:7])
+        full = model.swap(empty)
+        assert model.length == 0
+        self.assert_same(model, model.decode(tokens).logits, expected)
+        model.resume(full)
+        self.assert_same(model, model.decode(tokens[7:]).logits, expected)
+
+    def test_what_is_longer_than_the_window_or_of_another_model_is_not_resumed(
+        self, model: CausalLM, open_model: MakeModel
+    ) -> None:
+        tokens, other = draw(model, 24), open_model(N_CTX)
+        expected = read(model, tokens)
+        model.rollback(0)
+        model.decode(tokens[:20])
+        parked = self.park(model)
+        with pytest.raises(self.misuse):
+            other.resume(parked)
+        assert other.length == 0
+        if model.spec.can_resize:
+            model.rollback(0)
+            model.decode(tokens[:8])
+            model.resize(10)
+            with pytest.raises(self.misuse):
+                model.resume(parked)
+            assert model.length == 8
+            model.resize(N_CTX)
+        model.resume(parked)
+        self.assert_same(model, model.decode(tokens[20:]).logits, expected)
+
+    def test_closing_ends_what_is_parked(self, model: CausalLM) -> None:
+        model.decode(draw(model, 3))
+        parked = self.park(model)
+        model.close()
+        parked.free()
+        for call in (model.park, lambda: model.resume(parked), lambda: model.swap(parked)):
+            with pytest.raises(EdgeSpecError, match="closed"):
+                call()
 
     # Misuse
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edge_spec.backends.base import Parked
 from edge_spec.backends.top_k import top_k
 from edge_spec.errors import BackendError, CacheUnsupportedError, ContextLengthError, RollbackUnsupportedError
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
@@ -23,6 +24,23 @@ class Call:
     start: int
     tokens: tuple[int, ...]
     rows: int
+
+
+class FakeParked:
+    """A copy of a `FakeLM`'s cache, and of what a subclass keeps for each token."""
+
+    def __init__(self, model: FakeLM, tokens: Sequence[int], more: Sequence[int]) -> None:
+        self.model = model
+        self.tokens: list[int] | None = list(tokens)
+        self.more = list(more)
+        self.length = len(tokens)
+
+    @property
+    def n_bytes(self) -> int:
+        return 0 if self.tokens is None else len(self.tokens) * self.model.spec.kv_bytes_per_token
+
+    def free(self) -> None:
+        self.tokens = None
 
 
 class FakeLM:
@@ -52,6 +70,7 @@ class FakeLM:
         order: int | None = 2,
         can_evict: bool = True,
         can_resize: bool = True,
+        can_park: bool = True,
         name: str = "fake",
     ) -> None:
         self.spec = ModelSpec(
@@ -69,6 +88,7 @@ class FakeLM:
             row_alignment=row_alignment,
             can_evict=can_evict,
             can_resize=can_resize,
+            can_park=can_park,
         )
         self.seed = seed
         self.sharpness = sharpness
@@ -146,6 +166,37 @@ class FakeLM:
         assert len(self.tokens) <= n_ctx <= self.spec.n_ctx_train, (len(self.tokens), n_ctx)
         assert n_ctx >= 1
         self.spec = replace(self.spec, n_ctx=n_ctx)
+
+    @property
+    def per_token(self) -> list[int]:
+        """What a subclass keeps for each token, to be parked with it; changed in place."""
+        return []
+
+    @property
+    def park_bytes(self) -> int:
+        return len(self.tokens) * self.spec.kv_bytes_per_token
+
+    def park(self) -> Parked:
+        if self.closed:
+            raise BackendError(f"{self.spec.name} is closed")
+        if not self.spec.can_park:
+            raise CacheUnsupportedError(f"{self.spec.name} cannot park")
+        return FakeParked(self, self.tokens, self.per_token)
+
+    def resume(self, parked: Parked) -> None:
+        if self.closed:
+            raise BackendError(f"{self.spec.name} is closed")
+        assert isinstance(parked, FakeParked)
+        assert parked.tokens is not None, "what was freed is resumed"
+        assert parked.model is self
+        assert parked.length <= self.spec.n_ctx
+        self.tokens, self.per_token[:] = list(parked.tokens), parked.more
+        parked.free()
+
+    def swap(self, parked: Parked) -> Parked:
+        left = self.park()
+        self.resume(parked)
+        return left
 
     def close(self) -> None:
         self.closed = True

@@ -20,6 +20,8 @@ from edge_spec.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
+from edge_spec.types import Logits
+from tests.tiny_layers import write_layered_gguf
 from tests.tiny_models import write_tiny_gguf
 
 
@@ -198,3 +200,27 @@ class TestWithLibrary:
         assert model.length == 5
         np.testing.assert_allclose(model.decode([6]).logits, expected, rtol=0, atol=0.02)
         model.close()
+
+
+@pytest.mark.parametrize("architecture", ["falcon-h1", "lfm2", "mamba"])
+def test_a_model_with_a_recurrent_state_is_resumed_to_the_bit(architecture: str, tmp_path: Path) -> None:
+    path = write_layered_gguf(tmp_path / "tiny.gguf", architecture, n_vocab=512)
+    model = llama.load(path, name="tiny", n_ctx=256, threads=1)
+    rng = np.random.default_rng(0)
+    tokens, other = ([int(token) for token in rng.integers(0, 512, 110)] for _ in range(2))
+
+    def go_on() -> list[Logits]:
+        return [model.decode([token]).logits.copy() for token in tokens[100:]]
+
+    model.decode(tokens[:100])
+    expected = go_on()
+    model.rollback(0)
+    model.decode(tokens[:100])
+    parked = model.park()
+    model.rollback(0)
+    model.decode(other)
+    left = model.swap(parked)
+    assert np.array_equal(go_on(), expected)
+    model.resume(left)
+    assert model.length == 110
+    model.close()

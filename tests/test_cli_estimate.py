@@ -50,6 +50,17 @@ def test_json_has_the_totals_and_their_parts(run: Run, model: str) -> None:
     assert "--drafter lookup" in [lever["option"] for lever in told["levers"]]
 
 
+@pytest.mark.parametrize(("backend", "times"), [("onnx", 1), ("openvino", 1), ("llama", 2)])
+def test_parked_chats_have_a_line_of_their_own(run: Run, model: str, backend: str, times: int) -> None:
+    without = json.loads(run(model, "--ram", "4GiB", "--backend", backend, "--json")[1])
+    told = json.loads(run(model, "--ram", "4GiB", "--backend", backend, "--parked", "256MiB", "--json")[1])
+    (part,) = [part for part in told["components"] if part["name"] == "parked chats"]
+    assert part["committed_bytes"] == times * (256 << 20)
+    assert told["committed_bytes"] - without["committed_bytes"] == times * (256 << 20)
+    assert "without --parked" in [lever["option"] for lever in told["levers"]]
+    assert "parked chats" in run(model, "--ram", "4GiB", "--parked", "256MiB")[1]
+
+
 def test_what_does_not_fit_exits_with_3_and_says_what_would(run: Run, model: str) -> None:
     _, out, _ = run(model, "--ctx", "8192", "--ram", "2GiB", "--json")
     told = json.loads(out)
@@ -113,6 +124,7 @@ def test_training_is_counted_instead(run: Run, model: str, kind: str) -> None:
     [
         ("--ram", "much"),
         ("--ctx", "100000"),
+        ("--parked", "some"),
         ("--kv", "q9_0"),
         ("--kv", "q8_0"),
         ("--backend", "llama", "--recipe", "int4"),

@@ -58,7 +58,7 @@ class OpenVinoModels:
     @pytest.fixture
     def make_model(self, export: Export, alignment: int | None) -> MakeModel:
         def make(n_ctx: int) -> OpenVinoModel:
-            model = OpenVinoModel(export, name="tiny", n_ctx=n_ctx, threads=1, kv=self.kv)
+            model = OpenVinoModel(export, name="tiny", n_ctx=n_ctx, threads=1, kv=self.kv, park_bytes=8 << 20)
             model.align_rows(alignment)
             return model
 
@@ -88,6 +88,7 @@ class TestByteCache(OpenVinoContract):
     kv = "u8"
     aligned = False
     atol = 0.5
+    traceless = 32
 
 
 class TestEviction(OpenVinoModels, ShallowContract):
@@ -224,6 +225,15 @@ def test_a_cache_whose_rotation_depends_on_the_window_is_turned_where_that_chang
         logits.append(model.decode(tokens[40:], rows=8).logits.copy())
         model.close()
     np.testing.assert_allclose(logits[1], logits[0], atol=0.02)
+    model = OpenVinoModel(export, name="tiny", n_ctx=64, threads=1, park_bytes=1 << 20)
+    model.decode(tokens[:40], rows=0)
+    parked = model.park()
+    model.rollback(35)  # both go on in the block that they share
+    model.decode(tokens[:9], rows=0)
+    model.resize(300)
+    model.resume(parked)
+    np.testing.assert_allclose(model.decode(tokens[40:], rows=8).logits, logits[0], atol=0.02)
+    model.close()
     bytes_only = OpenVinoModel(export, name="tiny", n_ctx=64, threads=1, kv="u8")
     assert not bytes_only.spec.can_resize
     bytes_only.close()

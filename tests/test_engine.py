@@ -318,6 +318,47 @@ def test_a_turn_reads_only_what_is_new(engine: Engine, decoded: list[tuple[str, 
     assert read <= second.prompt_tokens - first.prompt_tokens - first.generated_tokens + 2
 
 
+def talk(engine: Engine, asked: Sequence[tuple[int, str]], **options: Any) -> list[list[int]]:
+    """What is answered in several chats, each question by the number of its chat."""
+    chats = [engine.chat(system="the list of the list") for _ in range(3)]
+    return [chats[number].send(question, max_tokens=12, **options).token_ids for number, question in asked]
+
+
+IN_TURN = [(turn % 3, f"{turn} {PROMPTS[turn % 3]} " * 5) for turn in range(9)]
+
+
+@pytest.mark.parametrize("drafter", ["none", "model", "auto"])
+def test_chats_in_turn_read_only_what_is_new_and_write_what_each_writes_alone(
+    models: Path, engine: Engine, decoded: list[tuple[str, int]], drafter: str
+) -> None:
+    alone = talk(engine, sorted(IN_TURN, key=lambda asked: asked[0]), drafter=drafter)
+    expected = [alone[3 * (turn % 3) + turn // 3] for turn in range(9)]
+
+    def count(name: str) -> int:
+        return sum(count for who, count in decoded if who == name)
+
+    with Engine.load(
+        target=models / "target.gguf", draft=models / "draft.gguf", recipe="int8", threads=1, parked="64MiB"
+    ) as parking:
+        decoded.clear()
+        assert talk(parking, IN_TURN, drafter=drafter) == expected
+        read = count("target"), count("draft")
+        assert parking._target.num_parked == 2
+        parking.reset()
+        assert parking._target.num_parked == 0
+    decoded.clear()
+    assert talk(engine, IN_TURN, drafter=drafter) == expected
+    assert count("target") - read[0] > 500, "of six changes of chat, each some hundred tokens"
+    if drafter == "model":
+        assert count("draft") - read[1] > 500
+
+
+@pytest.mark.parametrize("parked", ["much", "", -1, True, 1.5])
+def test_a_size_that_is_none_is_refused(models: Path, parked: Any) -> None:
+    with pytest.raises(UsageError, match=r"256MiB|no size"):
+        Engine.load(target=models / "target.gguf", parked=parked)
+
+
 def test_a_conversation_is_what_the_template_makes_of_it(engine: Engine) -> None:
     """The kept ids stand for the same text as a fresh rendering of all the turns."""
     chat = engine.chat(system="the list")

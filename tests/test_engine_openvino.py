@@ -80,6 +80,34 @@ def test_a_draft_can_run_beside_its_target(models: Path, engine: Engine) -> None
     assert (drafted.backend, drafted.draft_backend) == ("openvino", "openvino")
 
 
+def test_chats_in_turn_write_what_each_writes_alone_and_share_the_blocks_that_they_begin_with(
+    models: Path, engine: Engine
+) -> None:
+    system = " ".join(PROMPTS) * 3
+
+    def talk(engine: Engine, order: list[int]) -> list[list[int]]:
+        chats = [engine.chat(system=system) for _ in range(2)]
+        asked = [f"{place} {PROMPTS[number]} " * 4 for place, number in enumerate([0, 1, 0, 1])]
+        answers = {place: chats[place % 2].send(asked[place], max_tokens=12).token_ids for place in order}
+        return [answers[place] for place in range(4)]
+
+    expected = talk(engine, [0, 2, 1, 3])
+    with Engine.load(
+        target=models / "target.gguf",
+        draft=models / "draft.gguf",
+        backend="openvino",
+        recipe="int8",
+        threads=1,
+        parked="16MiB",
+    ) as parking:
+        assert talk(parking, [0, 1, 2, 3]) == expected
+        session = parking._target
+        assert session.num_parked == 1
+        alone = session._parking._kept[0].parked.length * session.spec.kv_bytes_per_token
+        shared = parking.count(system) // 32 * 32 * session.spec.kv_bytes_per_token
+        assert 0 < session.parked_bytes < alone - shared // 2
+
+
 def test_what_the_library_raises_becomes_our_error(
     engine: Engine, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

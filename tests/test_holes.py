@@ -12,7 +12,7 @@ import pytest
 from edge_spec.backends.top_k import top_k
 from edge_spec.context import Sinks, Stretch, read_on
 from edge_spec.decoding import Drafter, NoDrafter, Session, SpeculativeDecoder
-from edge_spec.decoding.session import unfold
+from edge_spec.decoding.holes import unfold
 from edge_spec.drafting import LookupDrafter, ModelDrafter
 from edge_spec.errors import ContextLengthError
 from edge_spec.types import Context, Decoded, Draft, FinishReason, Hole, Logits, Output, SamplingParams
@@ -36,6 +36,10 @@ class SeeingLM(FakeLM):
         logits = np.array(seen, np.float32).reshape(rows, self.spec.n_vocab)
         return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
+    @property
+    def per_token(self) -> list[int]:
+        return self.rows
+
     def rollback(self, length: int) -> None:
         super().rollback(length)
         del self.rows[length:]
@@ -52,7 +56,7 @@ class SeeingLM(FakeLM):
 
 def fresh(context: Context, holes: Sequence[Hole]) -> Logits:
     """The logits behind a context that is read as it came about."""
-    model = SeeingLM()
+    model = SeeingLM(n_ctx=512)
     for hole, stage in zip(holes, unfold(list(context), holes), strict=False):
         known = len(model.tokens)
         assert model.tokens == stage[:known]

@@ -14,6 +14,7 @@ from edge_spec import Engine, FinishReason
 from edge_spec.context import Sinks, WholeTurns
 from edge_spec.decoding import SpeculativeDecoder
 from edge_spec.decoding.session import Session
+from edge_spec.drafting import ModelDrafter
 from edge_spec.ladder import Ladder
 from edge_spec.memory.pressure import Level, Reading
 from edge_spec.memory.process import Usage
@@ -50,9 +51,24 @@ class Squeeze:
 # On fakes
 
 
-def test_the_first_rung_is_the_draft_then_the_context_then_the_window() -> None:
+def test_the_first_rung_is_what_is_parked_then_the_draft_then_the_context_then_the_window() -> None:
     ladder = Ladder(Session(FakeLM()), None, Held())
-    assert ladder.rungs == [ladder.unload_draft, ladder.prune_context, ladder.fit_window]
+    assert ladder.rungs == [ladder.give_up_parked, ladder.unload_draft, ladder.prune_context, ladder.fit_window]
+
+
+def test_what_is_parked_goes_for_good_the_drafts_too() -> None:
+    sessions = [Session(FakeLM(n_ctx=512), parked_bytes=10**6) for _ in range(2)]
+    ladder = Ladder(sessions[0], ModelDrafter(sessions[1]), Held())
+    assert ladder.give_up_parked() is None
+    for session in sessions:
+        session.decode([1] * 200)
+        session.decode([2] * 200)
+    assert ladder.give_up_parked() == "parked chats were given up (0B given back)"
+    assert [session.parked_bytes for session in sessions] == [0, 0]
+    assert ladder.give_up_parked() is None
+    sessions[0].decode([1] * 200)
+    assert sessions[0].num_parked == 0
+    assert sessions[0].count_unread([2] * 200) == 200
 
 
 def read_session(n_ctx: int, length: int) -> Session:
@@ -143,7 +159,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @contextmanager
-def squeezed(models: Path, backend: str, *, calm: int, short: int, n_ctx: int = 2048) -> Iterator[Engine]:
+def squeezed(
+    models: Path, backend: str, *, calm: int, short: int, n_ctx: int = 2048, parked: str | int = 0
+) -> Iterator[Engine]:
     """An engine whose governor looks at every step, and finds memory short a while."""
     with Engine.load(
         target=models / "target.gguf",
@@ -152,6 +170,7 @@ def squeezed(models: Path, backend: str, *, calm: int, short: int, n_ctx: int = 
         recipe="int8" if backend == "onnx" else None,
         threads=1,
         n_ctx=n_ctx,
+        parked=parked,
     ) as engine:
         ticks = count()
         governor = engine._governor
@@ -209,6 +228,22 @@ def fresh(engine: Engine, ids: list[int], count: int) -> list[int]:
     stream = engine.stream_prompt(Prompt(ids), max_tokens=count, drafter="none")
     list(stream)
     return stream.result.token_ids
+
+
+def test_parked_chats_are_given_up_before_anything_else(models: Path, backend: str) -> None:
+    with squeezed(models, backend, calm=10**6, short=0, parked="64MiB") as engine:
+        one, two = engine.chat(), engine.chat()
+        for turn, chat in enumerate((one, two, one)):
+            chat.send(f"{turn} {LONG}", max_tokens=4)
+        assert engine._target.num_parked == 1
+        engine._governor.watch(Squeeze(2, 1))
+        result = one.send("and?", max_tokens=20, drafter="none")
+        assert [measure.split(" (")[0] for measure in result.measures] == ["parked chats were given up"]
+        assert engine._target.num_parked == 0
+        assert not engine._drafters["model"].is_unloaded  # type: ignore[attr-defined]
+        before = two.prompt("and?")
+        alone = two.send("and?", max_tokens=8).token_ids
+        assert alone == fresh(engine, before.ids, 8)
 
 
 def test_a_generation_that_may_lose_nothing_loses_nothing(models: Path, backend: str) -> None:

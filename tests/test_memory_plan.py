@@ -132,6 +132,26 @@ def test_a_smaller_cache_type_goes_before_the_window(wanted: Estimate) -> None:
     assert "a cache in q8_0" in plan.given_up
 
 
+def test_the_room_for_parked_chats_goes_before_anything_else(wanted: Estimate) -> None:
+    parking = wanted.at(parked=200 * MIB)
+    assert parking.committed_bytes == wanted.committed_bytes + 200 * MIB
+    exact = required_bytes(parking)
+    assert make_plan(parking, budget_of(exact), Freedom()).estimate == parking
+    for n_bytes in (exact - 1, required_bytes(wanted)):
+        plan = make_plan(parking, budget_of(n_bytes), Freedom())
+        assert plan.given_up == ("no room for parked chats",)
+        assert plan.estimate.settings == wanted.settings
+    for n_bytes in budgets(wanted):
+        with_parked, without = plan_at(parking, n_bytes), plan_at(wanted, n_bytes)
+        assert (with_parked is None) == (without is None)
+        if with_parked is not None and without is not None and n_bytes < exact:
+            assert with_parked.estimate.settings == without.estimate.settings
+            assert with_parked.given_up == ("no room for parked chats", *without.given_up)
+    with pytest.raises(MemoryBudgetError) as raised:
+        make_plan(parking, budget_of(required_bytes(wanted) // 2), Freedom(n_ctx=False, draft=False))
+    assert "what fits" in str(raised.value)
+
+
 def test_each_smaller_draft_is_tried_in_order_before_drafts_are_given_up(wanted: Estimate, tmp_path: Path) -> None:
     shape: dict[str, Any] = {"hidden": 256, "n_head": 8, "n_kv_head": 8, "n_ctx": 65536}
     drafts = [facts_of_gguf(write_tiny_gguf(tmp_path / f"draft-{n}.gguf", n_layer=n, ff=256, **shape)) for n in (2, 1)]
@@ -212,6 +232,20 @@ def test_a_load_says_that_what_a_token_reads_does_not_stay_in_memory(
         monkeypatch.setattr("edge_spec.fitting.find_budget", lambda *_, budget=budget, **__: budget)
         with Engine.load(**loading) as engine:
             assert any("from the disk each time" in note for note in engine.info.notes) == said
+
+
+def test_an_engine_without_room_for_parked_chats_says_so_and_parks_none(pair: dict[str, Any]) -> None:
+    facts = [facts_of_gguf(pair[name]) for name in ("target", "draft")]
+    both = estimate(facts[0], facts[1], Settings(n_ctx=512, threads=1))
+    room = required_bytes(both) + 8 * MIB
+    with Engine.load(**pair, ram=room, parked="1GiB", threads=1) as engine:
+        assert engine.info.given_up == ("no room for parked chats",)
+        assert "no room for parked chats" in engine.info.notes[0]
+        engine.generate("def " * 60, raw=True, max_tokens=2)
+        engine.generate("list " * 60, raw=True, max_tokens=2)
+        assert engine._target.num_parked == 0
+    with Engine.load(**pair, ram=room, parked=4 * MIB, threads=1) as engine:
+        assert engine.info.given_up == ()
 
 
 def test_an_engine_refuses_what_does_not_fit_before_it_exports_anything(pair: dict[str, Any], tmp_path: Path) -> None:

@@ -43,3 +43,18 @@ def check_exact(config: DecoderConfig, name: str, n_ctx: int) -> None:
     """UsageError if an export is not right for so many tokens."""
     if config.n_ctx_exact and n_ctx > config.n_ctx_exact:
         raise UsageError(f"n_ctx={n_ctx}: {name} is exported for up to {config.n_ctx_exact} tokens")
+
+
+def check_parks(spec: ModelSpec) -> None:
+    """CacheUnsupportedError unless a model can set sequences aside."""
+    if not spec.can_park:
+        raise CacheUnsupportedError(f"{spec.name}: its cache cannot set a sequence aside")
+
+
+def check_resumed(spec: ModelSpec, length: int | None) -> None:
+    """UsageError unless a parked sequence of `length` tokens, None for one that is gone, can be cached again."""
+    check_parks(spec)
+    if length is None:
+        raise UsageError(f"{spec.name}: this sequence is not parked here, or no longer")
+    if length > spec.n_ctx:
+        raise UsageError(f"{spec.name}: {length} tokens are parked, and the window has {spec.n_ctx}")

@@ -157,4 +157,6 @@ def describe(
         kv_type=kv,
         can_evict=turns and keeps_tokens and bool(library.llama_memory_can_shift(library.llama_get_memory(context))),
         can_resize=True,
+        # Of a windowed layer only the window is saved: a rejected draft could not be taken back behind it.
+        can_park=not library.llama_model_n_swa(model),
     )

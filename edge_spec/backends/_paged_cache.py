@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from edge_spec.backends._block_cache import BlockCache
+from edge_spec.backends._block_pool import BlockPool, Blocks
 from edge_spec.backends._rotation import turn_keys
 from edge_spec.export.architecture import DecoderConfig
 
@@ -24,69 +25,177 @@ _SCALES = 8
 block's tokens, and so has each token's value, behind it. Source: the plugin's executor_pa.cpp."""
 
 
+class ParkedBlocks:
+    """A sequence's table of blocks, kept beside the cache's own; implements `base.Parked`."""
+
+    def __init__(self, cache: PagedCache, table: Blocks, length: int) -> None:
+        self._cache = cache
+        self._length = length
+        self.table: Blocks | None = table
+
+    @property
+    def length(self) -> int:
+        """Number of its tokens."""
+        return self._length
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the blocks that the cache does not hold, each divided among the parked sequences that hold it."""
+        return 0 if self.table is None else self._cache.own_bytes(self.table)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it was given back, or is the cache again."""
+        return self.table is None
+
+    def free(self) -> None:
+        """Give back what nobody else holds."""
+        if self.table is not None:
+            table, self.table = self.table, None
+            self._cache.drop(table)
+
+    def __del__(self) -> None:
+        """One that was lost, by an interrupt say, keeps no blocks from others."""
+        self.free()
+
+
 class PagedCache:
     """Keys and values of each layer, [blocks, n_kv_head, 32, head_dim] of a type in KV_TYPES, for `capacity` tokens.
 
-    A sequence's blocks follow each other from the first on. Memory follows what is cached. `n_ctx` decides the rotary
-    embedding where that depends on the window.
+    The cached sequence has a table of the blocks that it is in. Parked sequences have theirs, and what two of them
+    begin with is in the same blocks: one that somebody else holds is copied before it is written to. `park_bytes` of
+    blocks are for what is parked alone. Memory follows what is held. `n_ctx` decides the rotary embedding where that
+    depends on the window.
     """
 
-    def __init__(self, config: DecoderConfig, n_ctx: int, capacity: int, kv: str) -> None:
+    def __init__(self, config: DecoderConfig, n_ctx: int, capacity: int, kv: str, park_bytes: int = 0) -> None:
         self._config = config
         self._n_ctx = n_ctx
         self._kv = kv
-        self._blocks = self._allocate(capacity)
+        self._park_bytes = park_bytes
+        self._pool = self._allocate(capacity)
+        self._table: Blocks = np.empty(0, np.int32)
+        self._parked: WeakSet[ParkedBlocks] = WeakSet()
 
     def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """Each array under the name that the graph gives it: `key_cache.0`, `value_cache.0`, …"""
-        for index, array in enumerate(self._blocks.arrays):
+        for index, array in enumerate(self._pool.arrays):
             yield f"{('key', 'value')[index % 2]}_cache.{index // 2}", array
 
-    def use(self, length: int) -> int:
-        """Say that so many tokens are about to be cached; the number of blocks that they take."""
-        self._blocks.use(blocks_of(length))
-        return blocks_of(length)
+    def use(self, start: int, end: int) -> Blocks:
+        """Say that the tokens [start, end) are about to be written; the blocks of the first `end` tokens.
+
+        Raises MemoryError where what is parked leaves no block.
+        """
+        self._own(start // BLOCK, blocks_of(end))
+        return self._table[: blocks_of(end)]
 
     def forget(self, length: int) -> None:
-        """Keep the first `length` tokens; the system gets the memory of the others, if they are many."""
-        self._blocks.forget(blocks_of(length))
+        """Keep the first `length` tokens."""
+        kept, gone = np.split(self._table, [blocks_of(length)])
+        if len(gone):
+            self._table = kept
+            self._pool.drop(gone)
+
+    def park(self, length: int) -> ParkedBlocks:
+        """Keep the first `length` tokens' blocks as they are, whatever becomes of the cache."""
+        table = self._table[: blocks_of(length)]
+        self._pool.hold(table)
+        parked = ParkedBlocks(self, table, length)
+        self._parked.add(parked)
+        return parked
+
+    def resume(self, parked: ParkedBlocks) -> None:
+        """Put a parked sequence in the place of what is cached."""
+        assert parked.table is not None, "it is still parked"
+        left, self._table, parked.table = self._table, parked.table, None
+        self._pool.drop(left)
+
+    def own_bytes(self, table: Blocks) -> int:
+        """See `ParkedBlocks.n_bytes`."""
+        both = min(len(table), len(self._table))
+        own = np.ones(len(table), bool)
+        own[:both] = table[:both] != self._table[:both]
+        return int(np.sum(self._pool.block_bytes / self._pool.holders[table[own]]))
+
+    def drop(self, table: Blocks) -> None:
+        """Give back what a parked sequence alone holds."""
+        self._pool.drop(table)
 
     def evict(self, start: int, end: int, length: int) -> None:
         """Drop tokens [start, end) of `length`; those behind move down, and their keys turn back by as much.
 
-        Not for u8: a token's keys cannot be written there without those beside them in its block.
+        Not for u8: a token's keys cannot be written there without those beside them in its block. Raises MemoryError
+        with the cache as it was.
         """
         source, target = np.arange(end, length), np.arange(start, start + length - end)
-        for index, array in enumerate(self._blocks.arrays):
-            moved = array[source // BLOCK, :, source % BLOCK]
+        self._own(start // BLOCK, blocks_of(start + length - end))
+        table = self._table
+        for index, array in enumerate(self._pool.arrays):
+            moved = array[table[source // BLOCK], :, source % BLOCK]
             if index % 2 == 0:
                 angles = (start - end) * self._config.rope_frequencies(index // 2, self._n_ctx)
                 moved = turn_keys(self._config, moved.astype(np.float32), angles)
-            array[target // BLOCK, :, target % BLOCK] = moved
+            array[table[target // BLOCK], :, target % BLOCK] = moved
 
-    def resize(self, n_ctx: int, capacity: int, length: int) -> None:
-        """Take blocks for another capacity, with the first `length` tokens; the old ones go tensor by tensor.
+    def resize(self, n_ctx: int, capacity: int) -> None:
+        """Take blocks for another capacity, with what is held; the old ones go tensor by tensor.
 
-        Not for u8 where the rotary embedding depends on the window, since keys are turned then.
+        Not for u8 where the rotary embedding depends on the window, since keys are turned then. Raises MemoryError with
+        the cache as it was.
         """
-        blocks = self._allocate(capacity)
-        blocks.take(self._blocks, blocks_of(length))
-        self._blocks = blocks
-        positions = np.arange(length)
-        for layer, keys in enumerate(blocks.arrays[::2]):
+        parked = [one for one in self._parked if one.table is not None]
+        tables = [self._table, *(one.table for one in parked if one.table is not None)]
+        held = np.unique(np.concatenate(tables))
+        pool = self._allocate(capacity)
+        pool.take_over(self._pool, held)
+        self._turn(pool, [np.searchsorted(held, table) for table in tables], n_ctx)
+        self._pool, self._n_ctx = pool, n_ctx
+        self._table = _renamed(held, self._table)
+        for one in parked:
+            assert one.table is not None
+            one.table = _renamed(held, one.table)
+
+    def _turn(self, pool: BlockPool, tables: list[NDArray[np.intp]], n_ctx: int) -> None:
+        """Turn all keys to the rotary embedding of another window. A block has the same place in all of its tables."""
+        places = dict(pair for table in tables for pair in zip(table.tolist(), range(len(table)), strict=True))
+        blocks, starts = np.array([*places], np.intp), BLOCK * np.array([*places.values()])
+        positions = (starts[:, None] + np.arange(BLOCK))[:, None, :, None]
+        for layer, keys in enumerate(pool.arrays[::2]):
             old, new = (self._config.rope_frequencies(layer, window) for window in (self._n_ctx, n_ctx))
             if not np.array_equal(old, new):
-                kept = keys[positions // BLOCK, :, positions % BLOCK].astype(np.float32)
-                angles = positions[:, None, None] * (new - old)
-                keys[positions // BLOCK, :, positions % BLOCK] = turn_keys(self._config, kept, angles)
-        self._n_ctx = n_ctx
+                held = keys[blocks].astype(np.float32)
+                keys[blocks] = turn_keys(self._config, held, positions * (new - old))
 
-    def _allocate(self, capacity: int) -> BlockCache:
+    def _own(self, first: int, end: int) -> None:
+        """Make the table `end` blocks long, and those from number `first` on nobody else's. Raises MemoryError."""
+        shared = first + np.flatnonzero(self._pool.holders[self._table[first:end]] > 1)
+        more = max(0, end - len(self._table))
+        if not more and not len(shared):
+            return
+        fresh = self._pool.take(len(shared) + more)
+        table = np.append(self._table, fresh[len(shared) :])
+        if len(shared):
+            lent, table[shared] = table[shared], fresh[: len(shared)]
+            self._pool.copy(lent, table[shared])
+            self._pool.drop(lent)
+        self._table = table
+
+    def _allocate(self, capacity: int) -> BlockPool:
         config = self._config
         more = _SCALES if self._kv == "u8" else 0
-        key = (blocks_of(capacity), config.n_kv_head, BLOCK + more, config.head_dim)
-        value = (blocks_of(capacity), config.n_kv_head, BLOCK, config.head_dim + more)
-        return BlockCache([key, value] * config.n_layer, KV_TYPES[self._kv])
+        count = blocks_of(capacity)
+        if self._park_bytes:
+            # Once more for what an eviction copies, before the session that limits what is parked can look.
+            count += count + self._park_bytes // (BLOCK * token_bytes(config, self._kv))
+        key = (count, config.n_kv_head, BLOCK + more, config.head_dim)
+        value = (count, config.n_kv_head, BLOCK, config.head_dim + more)
+        return BlockPool([key, value] * config.n_layer, KV_TYPES[self._kv])
+
+
+def _renamed(held: Blocks, table: Blocks) -> Blocks:
+    """A table of blocks `held`, ascending, as one of their places in it."""
+    return np.searchsorted(held, table).astype(np.int32)
 
 
 def token_bytes(config: DecoderConfig, kv: str) -> int:

@@ -11,6 +11,28 @@ from numpy.typing import NDArray
 from edge_spec.types import Decoded, ModelSpec, Output
 
 
+class Parked(Protocol):
+    """A sequence that a model keeps beside its cache, with all that a later decode needs. Only that model takes it."""
+
+    @property
+    def length(self) -> int:
+        """Number of its tokens."""
+        ...
+
+    @property
+    def n_bytes(self) -> int:
+        """What it holds beyond what the cache holds too.
+
+        What several parked sequences share is divided among them, so that sums are right. May change whenever the
+        cache does.
+        """
+        ...
+
+    def free(self) -> None:
+        """Give its memory back. Freeing twice, or after it was resumed or its model closed, is not an error."""
+        ...
+
+
 class CausalLM(Protocol):
     """A causal language model with one KV cache."""
 
@@ -56,6 +78,34 @@ class CausalLM(Protocol):
         The memory of a longer cache goes back to the system. Raises UsageError, with the cache as it was, if the
         cached tokens do not fit or the model was not trained for `n_ctx`; BackendError if there is no memory for it;
         CacheUnsupportedError where `spec.can_resize` is False.
+        """
+        ...
+
+    @property
+    def park_bytes(self) -> int:
+        """Bytes that `park` would copy now; 0 where it copies nothing."""
+        ...
+
+    def park(self) -> Parked:
+        """Keep what is cached beside the cache, which stays as it is.
+
+        What is done to the cache afterwards does not change what is parked. Raises BackendMemoryError with the cache as
+        it was, CacheUnsupportedError where `spec.can_park` is False.
+        """
+        ...
+
+    def resume(self, parked: Parked) -> None:
+        """Cache what was parked, to the bit, in place of what is cached; it is parked no longer.
+
+        Also a way out of a failed decode. Raises UsageError, with the cache as it was, if it was freed or resumed, is
+        another model's or longer than the window; BackendError if the library fails (the cache is then undefined).
+        """
+        ...
+
+    def swap(self, parked: Parked) -> Parked:
+        """`park` and `resume` in one, where a backend can without holding both sequences twice.
+
+        Raises what they raise; BackendMemoryError leaves the cache and `parked` as they were.
         """
         ...
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_spec.backends._cache_limits import check_evicted, check_resized
+from edge_spec.backends._cache_limits import check_evicted, check_parks, check_resized
 from edge_spec.backends._cache_shape import CacheShape
 from edge_spec.backends._llama_context import (
     KV_TYPES,
@@ -31,6 +31,9 @@ from edge_spec.backends._llama_library import (
     last_reason,
     load_model,
 )
+from edge_spec.backends._llama_state import ParkedState, State, restore, save, state_bytes
+from edge_spec.backends._parked_here import ParkedHere
+from edge_spec.backends.base import Parked
 from edge_spec.backends.top_k import top_k
 from edge_spec.cores import check_threads
 from edge_spec.errors import (
@@ -111,6 +114,7 @@ class LlamaModel:
         self._length = 0
         self._unturned = False
         self._batch = Batch(library, int(library.llama_n_batch(context)))
+        self._parked: ParkedHere[ParkedState] = ParkedHere()
         self._release = weakref.finalize(self, self._handles.free)
 
     @property
@@ -196,8 +200,39 @@ class LlamaModel:
             raise
         self.spec = replace(self.spec, n_ctx=n_ctx)
 
+    @property
+    def park_bytes(self) -> int:
+        """See `CausalLM.park_bytes`."""
+        return state_bytes(self._library, self._handles.context)
+
+    def park(self) -> Parked:
+        """See `CausalLM.park`; costs a copy."""
+        self._require_open()
+        check_parks(self.spec)
+        self._settle()
+        return self._parked.add(ParkedState(self._save(), self._length))
+
+    def resume(self, parked: Parked) -> None:
+        """See `CausalLM.resume`; costs a copy."""
+        self._require_open()
+        taken = self._parked.check(self.spec, parked)
+        assert taken.saved is not None, "it was checked"
+        self._library.llama_memory_clear(self._memory, False)
+        self._length, self._unturned = taken.length, False
+        self._restore(taken.saved)
+        taken.free()
+
+    def swap(self, parked: Parked) -> Parked:
+        """See `CausalLM.swap`; both sequences are held twice for a moment."""
+        self._require_open()
+        self._parked.check(self.spec, parked)
+        left = self.park()
+        self.resume(parked)
+        return left
+
     def close(self) -> None:
         """Free context and weights; views on logits end here."""
+        self._parked.free()
         self._release()
 
     def _settle(self) -> None:
@@ -214,15 +249,10 @@ class LlamaModel:
         self._library.llama_memory_clear(self._memory, False)
         self._restore(saved)
 
-    def _save(self) -> ctypes.Array[ctypes.c_uint8]:
-        """The sequence's state, a copy."""
-        size = int(self._library.llama_state_seq_get_size(self._handles.context, SEQUENCE))
-        saved: ctypes.Array[ctypes.c_uint8] = (ctypes.c_uint8 * size)()
-        if self._library.llama_state_seq_get_data(self._handles.context, saved, size, SEQUENCE) != size:
-            raise BackendError(f"{self.spec.name}: llama.cpp did not save its cache")
-        return saved
+    def _save(self) -> State:
+        return save(self._library, self._handles.context, self.spec.name)
 
-    def _renew(self, n_ctx: int, saved: ctypes.Array[ctypes.c_uint8]) -> None:
+    def _renew(self, n_ctx: int, saved: State) -> None:
         """Put a context of `n_ctx` tokens that holds a saved state in the place of what there is."""
         handles = self._handles
         handles.drop_context()
@@ -230,11 +260,10 @@ class LlamaModel:
         self._memory = self._library.llama_get_memory(handles.context)
         self._restore(saved)
 
-    def _restore(self, saved: ctypes.Array[ctypes.c_uint8]) -> None:
+    def _restore(self, saved: State) -> None:
         """Read a saved state into the empty cache."""
-        size, context = len(saved), self._handles.context
-        if self._length and self._library.llama_state_seq_set_data(context, saved, size, SEQUENCE) != size:
-            raise BackendError(f"{self.spec.name}: llama.cpp did not restore its cache: {last_reason()}")
+        if self._length:
+            restore(self._library, self._handles.context, self.spec.name, saved)
 
     def _run(self, ids: np.ndarray[Any, Any], rows: int) -> None:
         forget_errors()

@@ -14,13 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_resized
-from edge_spec.backends._contiguous_cache import ContiguousCache
+from edge_spec.backends._cache_limits import (
+    check_decoded,
+    check_evicted,
+    check_exact,
+    check_parks,
+    check_resized,
+)
+from edge_spec.backends._contiguous_cache import ContiguousCache, ParkedArrays
 from edge_spec.backends._mapped_file import drop_file_pages
 from edge_spec.backends._onnx_session import import_library, session_options, translated
 from edge_spec.backends._padded_model import PaddedModel
+from edge_spec.backends._parked_here import ParkedHere
 from edge_spec.backends._quantized_graph import quantized_graph
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
+from edge_spec.backends.base import Parked
 from edge_spec.backends.kv_scales import KvScales
 from edge_spec.backends.top_k import log_sum_exp, top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
@@ -73,9 +81,11 @@ class OnnxModel(PaddedModel):
             kv_type="f32" if kv_scales is None else "q8",
             can_evict=True,
             can_resize=True,
+            can_park=True,
         )
         super().__init__(spec)
         self.config = config
+        self._parked: ParkedHere[ParkedArrays] = ParkedHere()
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
@@ -168,6 +178,35 @@ class OnnxModel(PaddedModel):
             self._spec = replace(self._spec, n_ctx=n_ctx)
             self._bind_cache()
 
+    @property
+    def park_bytes(self) -> int:
+        """See `CausalLM.park_bytes`."""
+        return self._length * self._spec.kv_bytes_per_token
+
+    def park(self) -> Parked:
+        """See `CausalLM.park`; costs a copy."""
+        self._require_open()
+        check_parks(self._spec)
+        with translated(f"setting {self._length} tokens aside"):
+            return self._parked.add(self._cache.park(self._length))
+
+    def resume(self, parked: Parked) -> None:
+        """See `CausalLM.resume`; costs a copy, whose source goes layer by layer."""
+        self._require_open()
+        taken = self._parked.check(self._spec, parked)
+        with translated(f"taking {taken.length} tokens up again"):
+            self._cache.resume(taken)
+        self._length = taken.length
+
+    def swap(self, parked: Parked) -> Parked:
+        """See `CausalLM.swap`; layer by layer."""
+        self._require_open()
+        taken = self._parked.check(self._spec, parked)
+        with translated(f"setting {self._length} tokens aside"):
+            left = self._cache.swap(taken, self._length)
+        self._length = taken.length
+        return self._parked.add(left)
+
     def cached_layers(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         """Keys and values of each layer as they are stored, [n_kv_head, length, head_dim]; views."""
         for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
@@ -181,6 +220,7 @@ class OnnxModel(PaddedModel):
     def close(self) -> None:
         """Give the session, the cache and the buffers back."""
         self._is_open = False
+        self._parked.free()
         self._embeddings.close()
         # The binding points into what is held, and goes first.
         self._binding = self._session = self._head = None

@@ -16,13 +16,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_resized
+from edge_spec.backends._cache_limits import (
+    check_decoded,
+    check_evicted,
+    check_exact,
+    check_parks,
+    check_resized,
+)
 from edge_spec.backends._onnx_session import MEMORY_REMEDY
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
 from edge_spec.backends._openvino_limits import check_expressible
 from edge_spec.backends._padded_model import PaddedModel
-from edge_spec.backends._paged_cache import KV_TYPES, PagedCache, token_bytes
+from edge_spec.backends._paged_cache import KV_TYPES, PagedCache, ParkedBlocks, token_bytes
+from edge_spec.backends._parked_here import ParkedHere
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
+from edge_spec.backends.base import Parked
 from edge_spec.backends.onnx import EMBEDDING
 from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
@@ -44,13 +52,22 @@ _GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 class OpenVinoModel(PaddedModel):
     """An export on OpenVINO; implements `backends.base.CausalLM`.
 
-    `threads` run one operator at a time. `kv`, one of KV_TYPES, is what keys and values are stored as. Raises
+    `threads` run one operator at a time. `kv`, one of KV_TYPES, is what keys and values are stored as. Address space is
+    set aside for sequences that are parked, `park_bytes` beside the cache; with 0 none can be. Raises
     UnsupportedArchitectureError for an export that only the onnx backend runs, BackendUnavailableError where OpenVINO
     is not installed.
     """
 
     def __init__(
-        self, export: Export, *, name: str, n_ctx: int, threads: int, max_rows: int = 16, kv: str = "f32"
+        self,
+        export: Export,
+        *,
+        name: str,
+        n_ctx: int,
+        threads: int,
+        max_rows: int = 16,
+        kv: str = "f32",
+        park_bytes: int = 0,
     ) -> None:
         if kv not in KV_TYPES:
             raise UsageError(f"kv={kv!r}: the openvino backend stores keys and values as {', '.join(KV_TYPES)}")
@@ -75,9 +92,11 @@ class OpenVinoModel(PaddedModel):
             kv_type=kv,
             can_evict=kv != "u8",
             can_resize=kv != "u8" or config.rope_long_factors is None,
+            can_park=park_bytes > 0,
         )
         super().__init__(spec)
         self._config = config
+        self._parked: ParkedHere[ParkedBlocks] = ParkedHere()
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
@@ -94,7 +113,7 @@ class OpenVinoModel(PaddedModel):
             "ENABLE_CPU_PINNING": False,
         }
         with _translated(ov, f"loading {name}"):
-            self._cache: Any = PagedCache(config, n_ctx, _capacity(n_ctx), kv)
+            self._cache: Any = PagedCache(config, n_ctx, _capacity(n_ctx), kv, park_bytes)
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = _core().compile_model(model, "CPU", settings)
@@ -116,15 +135,16 @@ class OpenVinoModel(PaddedModel):
         check_decoded(self._spec, n, rows, self._length)
         ids, start = self._padded(tokens), self._length
         total = start + len(ids)
-        blocks = self._cache.use(total)
+        with _translated(self._ov, f"a cache of {total} tokens"):
+            blocks = self._cache.use(start, total)
         self._set("embeddings", self._embeddings.dequantize(EMBEDDING, ids))
         self._set("rows", self._wanted(n, rows))
         for name, table in self._rotary.items():
             self._set(name, table[start:total])
         self._set("past_lens", np.array([start], np.int32))
         self._set("subsequence_begins", np.array([0, len(ids)], np.int32))
-        self._set("block_indices", np.arange(blocks, dtype=np.int32))
-        self._set("block_indices_begins", np.array([0, blocks], np.int32))
+        self._set("block_indices", blocks)
+        self._set("block_indices_begins", np.array([0, len(blocks)], np.int32))
         self._set("max_context_len", np.array(total, np.int32))
         with _translated(self._ov, f"decoding {n} tokens"):
             self._request.infer(share_outputs=True)
@@ -142,7 +162,8 @@ class OpenVinoModel(PaddedModel):
         self._require_open()
         check_evicted(self._spec, start, end, self._length)
         if start < end:
-            self._cache.evict(start, end, self._length)
+            with _translated(self._ov, f"dropping {end - start} tokens"):
+                self._cache.evict(start, end, self._length)
             self.rollback(self._length - (end - start))
 
     def resize(self, n_ctx: int) -> None:
@@ -151,9 +172,35 @@ class OpenVinoModel(PaddedModel):
         check_resized(self._spec, self._length, n_ctx)
         check_exact(self._config, self._spec.name, n_ctx)
         with _translated(self._ov, f"a cache of {n_ctx} tokens"):
-            self._cache.resize(n_ctx, _capacity(n_ctx), self._length)
+            self._cache.resize(n_ctx, _capacity(n_ctx))
             self._spec = replace(self._spec, n_ctx=n_ctx)
             self._bind_cache()
+
+    @property
+    def park_bytes(self) -> int:
+        """See `CausalLM.park_bytes`: nothing is copied."""
+        return 0
+
+    def park(self) -> Parked:
+        """See `CausalLM.park`: the blocks stay where they are."""
+        self._require_open()
+        check_parks(self._spec)
+        return self._parked.add(self._cache.park(self._length))
+
+    def resume(self, parked: Parked) -> None:
+        """See `CausalLM.resume`: other blocks are cached from now on."""
+        self._require_open()
+        taken = self._parked.check(self._spec, parked)
+        self._cache.resume(taken)
+        self._length = taken.length
+
+    def swap(self, parked: Parked) -> Parked:
+        """See `CausalLM.swap`."""
+        self._require_open()
+        self._parked.check(self._spec, parked)
+        left = self.park()
+        self.resume(parked)
+        return left
 
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
@@ -163,6 +210,7 @@ class OpenVinoModel(PaddedModel):
     def close(self) -> None:
         """Give the compiled model, the cache and the buffers back."""
         self._is_open = False
+        self._parked.free()
         self._embeddings.close()
         # The request points into what is held, and the model into the mapped weights: they go first.
         self._request = self._compiled = None

@@ -12,15 +12,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_resized
+from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_parks, check_resized
 from edge_spec.backends._onnx_session import import_library, session_options, translated
 from edge_spec.backends._padded_model import PaddedModel
+from edge_spec.backends._parked_here import ParkedHere
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
+from edge_spec.backends.base import Parked
 from edge_spec.backends.top_k import top_k
 from edge_spec.checkpoint.exporter import GraphExport
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 Cache = dict[str, NDArray[np.float32]]
+
+
+class ParkedCache:
+    """The arrays that a pass left; implements `base.Parked`. Nothing writes to them, so the cache may be the same."""
+
+    def __init__(self, arrays: Cache, length: int) -> None:
+        self.arrays = arrays
+        self._length = length
+
+    @property
+    def length(self) -> int:
+        """Number of its tokens."""
+        return self._length
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the arrays: after the next pass the cache has others."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it was given back, or is the cache again."""
+        return not self.arrays
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.arrays = {}
 
 
 class PastPresentModel(PaddedModel):
@@ -47,8 +76,10 @@ class PastPresentModel(PaddedModel):
             max_rows=round_up(max_rows, MAX_ALIGNMENT),
             row_alignment=None,
             can_resize=True,
+            can_park=True,
         )
         super().__init__(spec)
+        self._parked: ParkedHere[ParkedCache] = ParkedHere()
         with translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
                 str(export.model_file),
@@ -95,9 +126,37 @@ class PastPresentModel(PaddedModel):
         check_resized(self._spec, self._length, n_ctx)
         self._spec = replace(self._spec, n_ctx=n_ctx)
 
+    @property
+    def park_bytes(self) -> int:
+        """See `CausalLM.park_bytes`: what is parked lasts longer than it would, and counts from now on."""
+        return self._length * self._spec.kv_bytes_per_token
+
+    def park(self) -> Parked:
+        """See `CausalLM.park`."""
+        self._require_open()
+        check_parks(self._spec)
+        with translated(f"setting {self._length} tokens aside"):
+            return self._parked.add(ParkedCache({name: self._kept(name) for name in self._past_names}, self._length))
+
+    def resume(self, parked: Parked) -> None:
+        """See `CausalLM.resume`."""
+        self._require_open()
+        taken = self._parked.check(self._spec, parked)
+        self._cache, self._length = taken.arrays, taken.length
+        taken.free()
+
+    def swap(self, parked: Parked) -> Parked:
+        """See `CausalLM.swap`."""
+        self._require_open()
+        self._parked.check(self._spec, parked)
+        left = self.park()
+        self.resume(parked)
+        return left
+
     def close(self) -> None:
         """Give the session and the cache back."""
         self._is_open = False
+        self._parked.free()
         self._session = None
         self._cache = {}
 

@@ -11,7 +11,7 @@ import typer
 from edge_spec.cli.console import DOES_NOT_FIT, print_json, print_note
 from edge_spec.cli.options import BackendChoice, BackendName
 from edge_spec.errors import UsageError
-from edge_spec.sizes import format_size
+from edge_spec.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from edge_spec.backend_choice import BackendTimes
@@ -60,6 +60,9 @@ def estimate(
     batch: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt in one pass.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: the physical cores).")] = None,
     history: Annotated[bool, typer.Option("--history", help="Count the index of past answers.")] = False,
+    parked: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Count what caches of other chats may hold, like 256MiB.")
+    ] = None,
     ram: Annotated[
         str | None,
         typer.Option(
@@ -118,6 +121,7 @@ def estimate(
         batch=batch,
         threads=threads,
         history=history,
+        parked=parse_size(parked) if parked is not None else 0,
         device=device,
     )
     _tell(counted, budget_bytes, device, store, as_json=as_json)
@@ -175,6 +179,7 @@ def _count(
     batch: int | None,
     threads: int | None,
     history: bool,
+    parked: int,
 ) -> Estimate:
     """The estimate of what was asked for. Raises UsageError for what contradicts the model."""
     from edge_spec.cores import check_threads
@@ -198,6 +203,7 @@ def _count(
         threads=_DEVICE_THREADS if device is not None and threads is None else check_threads(threads),
         recipe=find_recipe(recipe) if recipe else None,
         history=history,
+        parked=parked,
     )
     if batch is not None:
         settings = replace(settings, batch=batch)

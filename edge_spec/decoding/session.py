@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.backends.base import CausalLM, PaddedRows, Scoring
+from edge_spec.decoding.holes import Cached, unfold
+from edge_spec.decoding.parking import Parking
 from edge_spec.decoding.prefix import common_prefix
-from edge_spec.errors import ContextLengthError, GenerationCancelled, RollbackUnsupportedError
+from edge_spec.decoding.reading import Reading
+from edge_spec.errors import ContextLengthError, RollbackUnsupportedError
 from edge_spec.types import Context, Decoded, Hole, ModelSpec, Output, Progress, TopK
 
 PREFILL_CHUNK = 128
@@ -25,12 +28,17 @@ class Session:
     accepted in full, reuse between turns and abandoned generations are all the same case here. So is a context that
     has lost tokens: a cache with holes serves a context with the very same holes. Where they differ, what came before
     the hole serves, and the rest is read as it was read at first: up to where the tokens went, then on without them.
+
+    A sequence that another one displaces can be parked, and goes on where it was (`Parking`).
     """
 
-    def __init__(self, model: CausalLM, *, exact: bool = True, chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(
+        self, model: CausalLM, *, exact: bool = True, chunk: int = PREFILL_CHUNK, parked_bytes: int = 0
+    ) -> None:
         """`exact=False`, for a draft: holes are not told apart, and what was evicted is never read for their sake.
 
-        `chunk`: tokens of a long sequence that are read at a time; fewer take less memory.
+        `chunk`: tokens of a long sequence that are read at a time; fewer take less memory. `parked_bytes`: what
+        sequences may hold that others have displaced.
         """
         self._model = model
         self._closed = False
@@ -40,6 +48,7 @@ class Session:
         self._cached: list[int] | None = None
         self._holes: list[Hole] = []
         self._asked = 0
+        self._parking = Parking(model, parked_bytes, exact=exact)
         self.num_refused_rollbacks = 0
         """Times that the backend could not shorten its cache, so that a whole context had to be read again."""
 
@@ -80,12 +89,14 @@ class Session:
             raise ContextLengthError(len(sequence), self.spec.n_ctx)
 
         self._asked = len(sequence)
+        self._change_over(sequence, holes)
         holes, limit = self._usable(sequence, holes), len(sequence) - rows
         assert not (holes and self._exact) or holes[-1].read <= limit, (holes[-1].read, limit)
         pending = self._num_known(holes) < len(holes)
-        reading = _Reading(on_progress, self.count_unread(sequence, holes) if pending else 0, chunk or self._chunk)
+        reading = Reading(on_progress, self.count_unread(sequence, holes) if pending else 0, chunk or self._chunk)
         self._follow(sequence, holes, limit, reading)
         start = self._keep_prefix_of(sequence, limit)
+        self._parking.fit()
         reading.correct(len(sequence) - start)
         start = self._read(sequence, start, len(sequence), reading, rows=rows)
         decoded = self._append(sequence[start:], rows, want)
@@ -94,20 +105,17 @@ class Session:
 
     def count_unread(self, context: Context, holes: Sequence[Hole] = ()) -> int:
         """Tokens that a decode of `context` would have to read."""
-        cached, sequence = self._cached or [], list(context)
-        holes = self._usable(sequence, holes)
-        known = self._num_known(holes)
-        if known == len(holes) or not self._exact:
-            return len(sequence) - common_prefix(cached, sequence)
-        stages = unfold(sequence, holes)
-        unread = len(stages[known]) - common_prefix(cached, stages[known])
-        return unread + sum(len(stages[i + 1]) - holes[i].read for i in range(known, len(holes)))
+        sequence = list(context)
+        unread = self._known.count_unread(sequence, self._usable(sequence, holes), exact=self._exact)
+        return self._parking.count_unread(sequence, holes if self.spec.can_evict else (), unread)
 
     def follow(self, context: Context, holes: Sequence[Hole]) -> None:
         """Evict what a context has lost, all but its last token having been read, before anything more is."""
         sequence = list(context)
         self._asked = len(sequence)
-        self._follow(sequence, self._usable(sequence, holes), len(sequence) - 1, _Reading(None, 0, self._chunk))
+        self._change_over(sequence, holes)
+        self._follow(sequence, self._usable(sequence, holes), len(sequence) - 1, Reading(None, 0, self._chunk))
+        self._parking.fit()
 
     def score(self, sequence: Sequence[int]) -> NDArray[np.float64]:
         """Minus the log-probability in nats of each token behind those before it, float64 [n]; 0 for the first.
@@ -165,12 +173,28 @@ class Session:
             cached = (cached or [])[: 0 if self._holes else n_ctx]
             self._holes = []
             self._model.rollback(len(cached))
+        self._parking.keep_within(n_ctx)
         self._model.resize(n_ctx)
         self._cached = cached
 
     def forget(self) -> None:
-        """Take the cache for empty: the next decode reads its whole sequence."""
+        """Take the cache for empty, and give up what is parked: the next decode reads its whole sequence."""
         self._cached = None
+        self._parking.clear()
+
+    @property
+    def num_parked(self) -> int:
+        """Sequences that are parked."""
+        return len(self._parking)
+
+    @property
+    def parked_bytes(self) -> int:
+        """What they hold beyond what the cache holds too."""
+        return self._parking.n_bytes
+
+    def stop_parking(self) -> None:
+        """Give up what is parked, and park nothing from now on."""
+        self._parking.shut()
 
     @contextmanager
     def unpadded(self) -> Iterator[None]:
@@ -193,12 +217,29 @@ class Session:
     def close(self) -> None:
         """Close the model."""
         self._closed = True
+        self._parking.shut()
         self._model.close()
 
     @property
     def is_closed(self) -> bool:
         """Whether the model was given back."""
         return self._closed
+
+    @property
+    def _known(self) -> Cached:
+        """What the cache holds for certain."""
+        return Cached([]) if self._cached is None else Cached(self._cached, self._holes)
+
+    def _change_over(self, sequence: list[int], holes: Sequence[Hole]) -> None:
+        """Where this is another sequence than before: park that one, and resume the one that serves this best."""
+        if not self._parking.is_open:
+            return
+        before, self._cached = (None if self._cached is None else self._known), None
+        after = self._parking.change_over(before, sequence, holes if self.spec.can_evict else ())
+        if after is not None:
+            self._cached, self._holes = after.tokens, after.holes
+        elif before is not None:
+            self._cached = before.tokens
 
     def _usable(self, sequence: list[int], holes: Sequence[Hole]) -> tuple[Hole, ...]:
         """The holes, or none where they cannot be made."""
@@ -212,16 +253,9 @@ class Session:
 
     def _num_known(self, holes: Sequence[Hole]) -> int:
         """How many of `holes`, from the oldest on, the cache has."""
-        if self._cached is None:
-            return 0
-        known = 0
-        for have, wanted in zip(self._holes, holes, strict=False):
-            if have != wanted:
-                break
-            known += 1
-        return known
+        return self._known.num_known(holes)
 
-    def _follow(self, sequence: list[int], holes: tuple[Hole, ...], limit: int, reading: _Reading) -> None:
+    def _follow(self, sequence: list[int], holes: tuple[Hole, ...], limit: int, reading: Reading) -> None:
         """Give the cache these holes, undoing others; `sequence[:limit]` is what may be left of it then."""
         known = self._num_known(holes)
         self._undo(known)
@@ -264,7 +298,7 @@ class Session:
         self._holes.append(hole)
         self._cached = cached
 
-    def _read(self, sequence: list[int], start: int, end: int, reading: _Reading, rows: int = 0) -> int:
+    def _read(self, sequence: list[int], start: int, end: int, reading: Reading, rows: int = 0) -> int:
         """Read whole chunks of `sequence[start:end]`; returns where the last one starts, which holds all the rows."""
         chunk = max(reading.chunk, rows)
         while end - start > chunk:
@@ -307,33 +341,3 @@ def _surprise(top: TopK, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     hits = top.ids == tokens[:, None]
     found = np.where(hits.any(axis=1), np.where(hits, top.logits, 0).sum(axis=1), top.logits[:, -1])
     return (top.log_sum - found).astype(np.float64)
-
-
-class _Reading:
-    """How far one decode has come."""
-
-    def __init__(self, on_progress: Progress | None, total: int, chunk: int) -> None:
-        self.chunk = chunk
-        self._on_progress = on_progress
-        self._done = 0
-        self._total = total
-
-    def correct(self, left: int) -> None:
-        """What is left to read turned out to be this much."""
-        self._total = self._done + left
-
-    def report(self, count: int) -> None:
-        """`count` more tokens were read. Raises GenerationCancelled if that was enough."""
-        self._done += count
-        self._total = max(self._total, self._done)
-        if self._on_progress is not None and self._on_progress(self._done, self._total) is False:
-            raise GenerationCancelled(f"cancelled after {self._done} of {self._total} tokens were read")
-
-
-def unfold(sequence: list[int], holes: Sequence[Hole]) -> list[list[int]]:
-    """What had been read when each hole was made, oldest first and without the older ones' tokens; then `sequence`."""
-    stages = [sequence]
-    for hole in reversed(holes):
-        left = stages[0]
-        stages.insert(0, [*left[: hole.start], *hole.tokens, *left[hole.start : hole.read]])
-    return stages

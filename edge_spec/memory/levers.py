@@ -53,6 +53,8 @@ def _changes(counted: Estimate) -> Iterator[tuple[str, str, Estimate]]:
             yield "weights of 4 bits", "--recipe int4", counted.at(recipe=RECIPES["int4"])
     if settings.batch > _SMALL_BATCH:
         yield f"passes of {_SMALL_BATCH} tokens", f"--batch {_SMALL_BATCH}", counted.at(batch=_SMALL_BATCH)
+    if settings.parked:
+        yield "no parked chats", "without --parked", counted.at(parked=0)
     if settings.history:
         yield "no past answers", "without --history", counted.at(history=False)
     for backend in BACKENDS:

@@ -53,7 +53,9 @@ class _Model:
             self.facts, settings.n_ctx, self.backend, kv, full_windows=settings.full_windows, batch=settings.batch
         )
         # llama.cpp writes zeros to its cache when it makes it (`llama-kv-cache.cpp`).
-        return self.part("cache", n_bytes, filled_later=self.backend != "llama")
+        # OpenVINO's is a pool with the parked blocks, and with a second cache that an eviction may need for a moment.
+        reserved = n_bytes + settings.parked if self.backend == "openvino" and settings.parked else 0
+        return self.part("cache", n_bytes, filled_later=self.backend != "llama", reserved_bytes=reserved)
 
     def library(self) -> Component:
         n_bytes = runtime.SESSION[self.backend] + runtime.SESSION_PER_LAYER[self.backend] * self.facts.n_layer

@@ -71,6 +71,8 @@ class Settings:
     """Whether the text so far is indexed for copying."""
     history: bool = False
     """Whether past answers are."""
+    parked: int = 0
+    """Bytes that caches of other chats may hold."""
     full_windows: bool = True
     """Windowed layers keep the whole context."""
     machine: str = platform.machine()
@@ -84,6 +86,8 @@ class Settings:
         for label in ("n_ctx", "batch", "max_rows", "threads"):
             if getattr(self, label) < 1:
                 raise UsageError(f"{label}={getattr(self, label)}: at least 1")
+        if self.parked < 0:
+            raise UsageError(f"parked={self.parked}: a number of bytes")
 
     @property
     def backend_of_draft(self) -> str:

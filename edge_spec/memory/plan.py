@@ -1,9 +1,9 @@
 """From a budget to what will be loaded: the least is given up that makes it fit, and it is said what.
 
-What fits as it was asked for is loaded as it was asked for. Else go, in this order: long passes over prompts, the
-cache's precision where the backend offers less, half of a window that nobody asked for, the draft for a smaller one
-where one is known, the draft, and then as much of that window as it takes. What the caller chose is kept: where that
-does not fit, nothing is loaded, and the error says what would fit.
+What fits as it was asked for is loaded as it was asked for. Else go, in this order: the room for parked chats, long
+passes over prompts, the cache's precision where the backend offers less, half of a window that nobody asked for, the
+draft for a smaller one where one is known, the draft, and then as much of that window as it takes. What the caller
+chose of the models is kept: where that does not fit, nothing is loaded, and the error says what would fit.
 """
 
 from __future__ import annotations
@@ -119,17 +119,27 @@ Choice = tuple[Estimate, tuple[str, ...]]
 
 def _candidates(wanted: Estimate, freedom: Freedom, fit: _Fit) -> Iterator[Choice]:
     """What could be loaded, what gives up least first. Not all of it fits."""
+    given_up: tuple[str, ...] = ()
+    if wanted.settings.parked:
+        yield wanted, ()
+        wanted, given_up = wanted.at(parked=0), ("no room for parked chats",)
     if wanted.draft is None:
-        yield from _smaller(wanted, (), freedom, fit, LEAST_N_CTX)
+        yield from _smaller(wanted, given_up, freedom, fit, LEAST_N_CTX)
         return
-    drafted: list[Choice] = [(wanted, ())]
+    drafted: list[Choice] = [(wanted, given_up)]
     drafted += [
-        (wanted.with_draft(other), (f"the draft {other.name} instead of {wanted.draft.name}",))
+        (
+            wanted.with_draft(other),
+            (
+                *given_up,
+                f"the draft {other.name} instead of {wanted.draft.name}",
+            ),
+        )
         for other in freedom.drafts
     ]
     for choice in drafted:
         yield from _smaller(*choice, freedom, fit, wanted.settings.n_ctx // 2)
-    last = (wanted.without_draft(), ("no draft model",)) if freedom.draft else drafted[-1]
+    last = (wanted.without_draft(), (*given_up, "no draft model")) if freedom.draft else drafted[-1]
     yield from _smaller(*last, freedom, fit, LEAST_N_CTX)
 
 
@@ -184,7 +194,7 @@ def _least(wanted: Estimate, freedom: Freedom) -> Estimate:
     settings = wanted.settings
     if wanted.draft is not None and freedom.drafts:
         wanted = wanted.with_draft(freedom.drafts[-1])
-    return wanted.at(batch=min(SHORT_PASS, settings.batch), kv=freedom.kv[-1] if freedom.kv else settings.kv)
+    return wanted.at(parked=0, batch=min(SHORT_PASS, settings.batch), kv=freedom.kv[-1] if freedom.kv else settings.kv)
 
 
 def _named(wanted: Estimate) -> str:

@@ -1,4 +1,5 @@
-"""The parts that belong to no model: interpreter, tokenizer, indexes, the backends' libraries. All measured."""
+"""The parts that belong to no model: interpreter, tokenizer, indexes and the backends' libraries, all of them measured;
+and what is set aside for parked chats."""
 
 from __future__ import annotations
 
@@ -47,4 +48,10 @@ def process_parts(target: ModelFacts, backends: Sequence[str], settings: Setting
     stores += runtime.HISTORY if settings.history else 0
     if stores:
         parts.append(part("drafter stores", stores, filled_later=True))
+    if settings.parked:
+        # llama.cpp holds two sequences twice while they change places.
+        n_bytes = settings.parked * (2 if "llama" in libraries else 1)
+        parts.append(
+            Component(owner=Owner.PROCESS, name="parked chats", committed_bytes=n_bytes, filled_later=True),
+        )
     return parts

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 
 from draft_bench.answers import Answer
+from edge_spec.backends.base import Parked
 from edge_spec.decoding import Session, SpeculativeDecoder, decoder
 from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner, model
 from edge_spec.errors import CacheUnsupportedError
@@ -77,6 +78,19 @@ class _Recorded:
 
     def resize(self, n_ctx: int) -> None:  # noqa: ARG002
         raise CacheUnsupportedError("a recorded answer has no cache to resize")
+
+    @property
+    def park_bytes(self) -> int:
+        return 0
+
+    def park(self) -> Parked:
+        raise CacheUnsupportedError("a recorded answer has no cache to set aside")
+
+    def resume(self, parked: Parked) -> None:  # noqa: ARG002
+        self.park()
+
+    def swap(self, parked: Parked) -> Parked:  # noqa: ARG002
+        return self.park()
 
     def close(self) -> None:
         return
