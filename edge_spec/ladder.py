@@ -64,14 +64,14 @@ class Ladder:
     def give_up_parked(self) -> str | None:
         """Forget the sequences that others have displaced, and keep none from now on."""
         sessions = [self._target, *([self._model.session] if self._model else [])]
-        if not any(session.parked_bytes for session in sessions):
-            return None
+        held = any(session.parked_bytes for session in sessions)
 
         def stop() -> None:
             for session in sessions:
                 session.stop_parking()
 
-        return f"parked chats were given up ({self._saved_by(stop)} given back)"
+        saved = self._saved_by(stop)
+        return f"parked chats were given up ({saved} given back)" if held else None
 
     def unload_draft(self) -> str | None:
         """Close the draft model; what is written goes on without it."""

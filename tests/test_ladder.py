@@ -59,7 +59,6 @@ def test_the_first_rung_is_what_is_parked_then_the_draft_then_the_context_then_t
 def test_what_is_parked_goes_for_good_the_drafts_too() -> None:
     sessions = [Session(FakeLM(n_ctx=512), parked_bytes=10**6) for _ in range(2)]
     ladder = Ladder(sessions[0], ModelDrafter(sessions[1]), Held())
-    assert ladder.give_up_parked() is None
     for session in sessions:
         session.decode([1] * 200)
         session.decode([2] * 200)
@@ -69,6 +68,14 @@ def test_what_is_parked_goes_for_good_the_drafts_too() -> None:
     sessions[0].decode([1] * 200)
     assert sessions[0].num_parked == 0
     assert sessions[0].count_unread([2] * 200) == 200
+
+
+def test_where_nothing_is_parked_yet_nothing_is_told_and_none_is_parked_from_then_on() -> None:
+    session = Session(FakeLM(n_ctx=512), parked_bytes=10**6)
+    session.decode([1] * 200)
+    assert Ladder(session, None, Held()).give_up_parked() is None
+    session.decode([2] * 200)
+    assert session.num_parked == 0
 
 
 def read_session(n_ctx: int, length: int) -> Session:
