@@ -106,6 +106,8 @@ class ModelSpec:
     """Whether the cache can be made anew in another length with its tokens kept."""
     can_park: bool = False
     """Whether a cached sequence can be set aside for another one, and taken up again to the bit."""
+    can_roll_back: bool = True
+    """Whether the cache can be shortened to other lengths than 0."""
 
 
 TOP_K = 64

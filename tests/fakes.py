@@ -89,6 +89,7 @@ class FakeLM:
             can_evict=can_evict,
             can_resize=can_resize,
             can_park=can_park,
+            can_roll_back=max_rollback != 0,
         )
         self.seed = seed
         self.sharpness = sharpness

@@ -353,6 +353,54 @@ def test_chats_in_turn_read_only_what_is_new_and_write_what_each_writes_alone(
         assert count("draft") - read[1] > 500
 
 
+@pytest.mark.parametrize("drafter", ["none", "model"])
+def test_a_chat_that_drops_old_turns_parks_nothing_of_its_own(models: Path, drafter: str) -> None:
+    question = "def the list of the list return "
+    with Engine.load(
+        target=models / "target.gguf",
+        draft=models / "draft.gguf",
+        recipe="int8",
+        threads=1,
+        n_ctx=512,
+        parked="64MiB",
+        drafter="model",
+    ) as engine:
+        sessions = [engine._target, engine._drafters["model"].session]  # type: ignore[attr-defined]
+        chat, dropped = engine.chat(system="the list"), 0
+        for turn in range(8):
+            dropped += len(chat.send(f"{turn} {question * 3}", max_tokens=8, drafter=drafter).dropped)
+            assert [session.num_parked for session in sessions] == [0, 0], turn
+        assert dropped
+        other = engine.chat(system="return def of other " * 8)
+        other.send(question * 3, max_tokens=8, drafter=drafter)
+        unread = other.prompt("more").ids
+        for turn in range(8, 12):
+            chat.send(f"{turn} {question * 3}", max_tokens=8, drafter=drafter)
+            assert engine._target.num_parked == 1
+        assert engine._target.count_unread(unread) < 40
+
+
+def test_a_seed_costs_no_parked_chat_of_the_draft(models: Path) -> None:
+    with Engine.load(
+        target=models / "target.gguf",
+        draft=models / "draft.gguf",
+        recipe="int8",
+        threads=1,
+        parked="64MiB",
+        drafter="model",
+    ) as engine:
+        draft = engine._drafters["model"].session  # type: ignore[attr-defined]
+        chats = [engine.chat(system="the list") for _ in range(3)]
+        for number, chat in enumerate(chats):
+            chat.send(f"{number} {PROMPTS[number]} " * 8, max_tokens=8)
+        parked = draft.num_parked
+        assert parked == 2
+        seeded = SamplingParams(temperature=0.7, seed=1)
+        texts = [engine.generate("def the list " * 30, raw=True, max_tokens=12, sampling=seeded).text for _ in range(3)]
+        assert len(set(texts)) == 1
+        assert draft.num_parked >= parked
+
+
 @pytest.mark.parametrize("parked", ["much", "", -1, True, 1.5])
 def test_a_size_that_is_none_is_refused(models: Path, parked: Any) -> None:
     with pytest.raises(UsageError, match=r"256MiB|no size"):

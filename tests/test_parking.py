@@ -10,7 +10,7 @@ import pytest
 
 from edge_spec.backends.base import Parked
 from edge_spec.context import Sinks, Stretch, read_on
-from edge_spec.decoding.parking import WORTH_PARKING
+from edge_spec.decoding.parking import LOOSE_END, WORTH_PARKING
 from edge_spec.decoding.session import Session
 from edge_spec.errors import BackendError, BackendMemoryError, GenerationCancelled
 from edge_spec.types import Decoded, Hole, Output
@@ -265,6 +265,152 @@ def test_a_context_that_has_lost_tokens_is_resumed_as_it_was() -> None:
     np.testing.assert_array_equal(logits, fresh([*left, 1, 2], [hole]))
     logits = session.decode([*left, 1, 2]).logits[0].copy()  # the same tokens, which never had others before them
     np.testing.assert_array_equal(logits, fresh([*left, 1, 2], []))
+
+
+@pytest.mark.parametrize("loose", [0, 5, LOOSE_END])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_chat_that_drops_old_turns_parks_nothing_and_displaces_nobody(exact: bool, loose: int) -> None:
+    """`loose`: tokens at the end of each turn's cache that the next turn does not have."""
+    model = FakeLM(n_ctx=512, order=None)
+    session = Session(model, exact=exact, parked_bytes=450)
+    other, chat = text(0, 300), text(1, 300)
+    session.decode(other)
+    session.decode(chat)
+    for turn in range(8):
+        session.decode([*chat, *text(50 + turn, loose)])
+        chat = [*chat[:20], *chat[120:], *text(2 + turn, 100)]
+        session.decode(chat)
+        assert session.num_parked == 1
+        assert session.count_unread([*other, 1]) == 1
+
+
+def test_a_chat_that_comes_back_without_old_turns_leaves_nothing_parked_of_what_it_was() -> None:
+    session, model = make()
+    one, two = text(1, 300), text(2)
+    read(session, model, one)
+    read(session, model, two)
+    read(session, model, [*one[:100], *one[200:], *text(3, 50)])  # 100 tokens of what is parked serve it
+    assert session.num_parked == 1
+    read(session, model, two)
+    read(session, model, [*one[:20], *one[220:], *text(3, 50), *text(4)])  # none of it is worth resuming
+    assert session.num_parked == 1
+    assert session.count_unread([*two, 1]) == 1
+
+
+def test_a_text_that_two_sequences_have_in_their_middle_makes_neither_the_others_past() -> None:
+    session, model = make()
+    document = text(0, 200)
+    one, two = ([*text(seed, 20), *document, *text(seed, 40)] for seed in (1, 2))
+    read(session, model, one)
+    read(session, model, two)
+    assert read(session, model, [*one, 1]) == 1
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_eviction_of_its_own_text_parks_nothing(exact: bool) -> None:
+    model = FakeLM(n_ctx=512, order=None)
+    session = Session(model, exact=exact, parked_bytes=450)
+    other, chat, holes = text(9, 300), text(0, 300), list[Hole]()
+    session.decode(other)
+    session.decode(chat)
+    for turn in range(5):
+        holes.append(Hole(4, tuple(chat[4:204]), len(chat) - 200))
+        chat = [*chat[:4], *chat[204:], 1]
+        assert session.count_unread(chat, holes) == 1
+        session.decode(chat, holes=holes)
+        assert session.num_parked == 1
+        chat += text(turn + 1, 199)
+        session.decode(chat, holes=holes)
+        assert session.num_parked == 1
+    assert session.count_unread([*other, 1]) == 1
+
+
+def test_a_hole_that_cannot_be_made_again_parks_no_chat_at_every_step() -> None:
+    model = SeeingLM(n_ctx=512)
+    session = Session(model, parked_bytes=10**6)
+    chat = text(0, 400)
+    session.decode(chat)
+    hole, chat = Hole(4, tuple(chat[4:204]), 200), [*chat[:4], *chat[204:], 1]
+    session.decode(chat, holes=[hole])
+    session.resize(300)
+    session.forget()
+    for token in range(20):
+        chat.append(token % 16)
+        session.decode(chat, holes=[hole])
+    assert session.num_parked == 0
+    assert model.num_decoded < 400 + 1 + len(chat) + 20
+
+
+def test_what_cannot_be_shortened_serves_only_what_goes_on_with_all_of_it() -> None:
+    session, model = make(max_rollback=0)
+    system = text(7, 100)
+    one, two = text(0, 200, prefix=system), text(1, 200)
+    read(session, model, one)
+    read(session, model, two)
+    alike = text(2, 200, prefix=system)
+    assert session.count_unread(alike) == 200
+    assert read(session, model, alike) == 200
+    assert session.num_refused_rollbacks == 0, "the one that begins alike was not resumed in vain"
+    assert read(session, model, [*one, 1]) == 1
+    read(session, model, [*two, 1])
+    read(session, model, [*one[:-20], *text(3, 20)])  # shares all but 20 tokens with the parked one, which stays
+    read(session, model, text(4))
+    assert session.count_unread([*one, 1, 1]) == 1
+    assert session.count_unread([*one[:-20], *text(3, 20), 1]) == 1
+
+
+def test_a_score_parks_what_it_displaces_and_keeps_the_limit() -> None:
+    session, model = make(limit=2 * LONG)
+    chats = [text(seed) for seed in range(3)]
+    for chat in chats:
+        read(session, model, chat)
+    session.score(text(9))
+    assert session.parked_bytes <= 2 * LONG
+    assert session.count_unread([*chats[2], 1]) == 1
+    assert session.count_unread([*chats[0], 1]) == LONG + 1
+
+
+def test_a_generation_that_begins_anew_resumes_nothing_and_costs_no_parked_sequence() -> None:
+    session, model = make()
+    one, two = text(0), text(1)
+    for chat in (one, two, text(2)):
+        read(session, model, chat)
+    for _ in range(2):
+        session.begin(anew=True)
+        assert session.count_unread([*one, 1]) == LONG + 1
+        assert read(session, model, [*one, 1]) == LONG + 1
+        assert read(session, model, [*one, 1, 1]) == 1
+    session.begin(anew=False)
+    for chat in (two, one):
+        assert read(session, model, [*chat, 1, 1, 1]) <= 3
+
+
+def test_a_resize_that_fails_leaves_nothing_parked(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, model = make()
+    one, two = text(0), text(1)
+    read(session, model, one)
+    read(session, model, two)
+
+    def fail(n_ctx: int) -> None:
+        raise BackendMemoryError("no memory")
+
+    monkeypatch.setattr(model, "resize", fail)
+    with pytest.raises(BackendMemoryError):
+        session.resize(400)
+    assert session.num_parked == 0
+    assert read(session, model, [*one, 1]) == LONG + 1
+
+
+def test_what_does_not_fit_itself_takes_the_place_of_none() -> None:
+    session, model = make(limit=300)
+    one = text(0, 250)
+    read(session, model, one)
+    few = WORTH_PARKING - 4
+    for sequence in ([*one[: -few - 4], 3], one[:-few], [*one, *text(1, 200)]):  # the cache comes to hold it once more
+        read(session, model, sequence)
+        assert session.num_parked == 1
+    read(session, model, text(2))
+    assert session.count_unread([*one, 1]) == 1
 
 
 @pytest.mark.parametrize("seed", range(4))

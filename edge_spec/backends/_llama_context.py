@@ -135,12 +135,9 @@ def describe(
     kv: str,
 ) -> ModelSpec:
     """Sizes and capabilities, as llama.cpp gives them; `turns`: see `turns_keys`."""
-    keeps_tokens = not (
-        library.llama_model_is_recurrent(model)
-        or library.llama_model_is_hybrid(model)
-        # A windowed layer writes into places that its window has left, and dropping tokens moves the window back.
-        or library.llama_model_n_swa(model)
-    )
+    has_state = bool(library.llama_model_is_recurrent(model) or library.llama_model_is_hybrid(model))
+    # A windowed layer writes into places that its window has left, and dropping tokens moves the window back.
+    keeps_tokens = not (has_state or library.llama_model_n_swa(model))
     return ModelSpec(
         name=name,
         architecture=shape.architecture,
@@ -159,4 +156,5 @@ def describe(
         can_resize=True,
         # Of a windowed layer only the window is saved: a rejected draft could not be taken back behind it.
         can_park=not library.llama_model_n_swa(model),
+        can_roll_back=not has_state,
     )

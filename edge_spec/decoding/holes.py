@@ -31,21 +31,27 @@ class Cached:
 
         `exact`: as in `Session`.
         """
-        if not exact:
-            return common_prefix(self.tokens, sequence)
-        known = self.num_known(holes)
-        limit = min([hole.start for hole in self.holes[known:]], default=sys.maxsize)
-        stage = sequence if known == len(holes) else unfold(sequence, holes)[known]
-        return min(limit, common_prefix(self.tokens, stage))
+        others = self.holes[self.num_known(holes) :] if exact else []
+        limit = min([hole.start for hole in others], default=sys.maxsize)
+        stages, first = self._stages(sequence, holes, exact=exact)
+        return min(limit, common_prefix(self.tokens, stages[first]))
 
     def count_unread(self, sequence: list[int], holes: Sequence[Hole], *, exact: bool) -> int:
         """Tokens that would have to be read to make it `sequence`, with those that its holes need."""
+        stages, first = self._stages(sequence, holes, exact=exact)
+        unread = len(stages[first]) - common_prefix(self.tokens, stages[first])
+        return unread + sum(len(stages[i + 1]) - holes[i].read for i in range(first, len(stages) - 1))
+
+    def _stages(self, sequence: list[int], holes: Sequence[Hole], *, exact: bool) -> tuple[list[list[int]], int]:
+        """What a sequence was when each hole was made, and which of that the cache goes on from."""
         known = self.num_known(holes)
-        if known == len(holes) or not exact:
-            return len(sequence) - common_prefix(self.tokens, sequence)
+        if known == len(holes):
+            return [sequence], 0
         stages = unfold(sequence, holes)
-        unread = len(stages[known]) - common_prefix(self.tokens, stages[known])
-        return unread + sum(len(stages[i + 1]) - holes[i].read for i in range(known, len(holes)))
+        # A draft evicts only what it has read; a hole that it has read nothing of is to it as if it had been there.
+        while not exact and known < len(holes) and common_prefix(self.tokens, stages[known]) < holes[known].end:
+            known += 1
+        return stages, known
 
 
 def unfold(sequence: list[int], holes: Sequence[Hole]) -> list[list[int]]:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from edge_spec.backends.base import CausalLM, Parked
 from edge_spec.decoding.holes import Cached
+from edge_spec.decoding.prefix import common_prefix
 from edge_spec.decoding.supervisor import MEMORY_FAILURES
 from edge_spec.types import Hole
 
 WORTH_PARKING = 64
 """Tokens that would be lost, or saved, below which reading is as cheap as keeping."""
+LOOSE_END = 16
+"""Tokens at the end of a cache that the next turn may not have: a draft that was rejected, a stop string."""
+LEAST_LEFT = 2 * LOOSE_END
+"""Tokens behind a middle that is gone by which a chat is known again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +54,9 @@ class Parking:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def change_over(self, cached: Cached | None, sequence: list[int], holes: Sequence[Hole]) -> Cached | None:
+    def change_over(
+        self, cached: Cached | None, sequence: list[int], holes: Sequence[Hole], *, may_resume: bool = True
+    ) -> Cached | None:
         """Before `sequence` is read: park what that would lose, resume what serves it best.
 
         `cached` is what the cache holds, None where that is unknown. Returns what it holds now if that has changed,
@@ -57,14 +66,17 @@ class Parking:
         lost = self._count_lost(here, sequence, holes)
         if max(lost, len(sequence) - len(here.tokens) + lost) < WORTH_PARKING:
             return None  # as at nearly every step of a generation
-        best = self._best(sequence, holes, here.count_unread(sequence, holes, exact=self._exact))
-        if lost >= WORTH_PARKING:
+        best = self._best(sequence, holes, self._count_unread(here, sequence, holes)) if may_resume else None
+        for kept in [kept for kept in self._kept if kept is not best and _is_earlier(kept.cached, sequence)]:
+            self._give_up(kept)
+        if lost >= WORTH_PARKING and not _is_earlier(here, sequence):
             self._park(here, instead_of=best)
         elif best is not None:
             self._resume(best)
         if best is None:
             return None
-        if self._count_lost(best.cached, sequence, holes) >= WORTH_PARKING:
+        lost = self._count_lost(best.cached, sequence, holes)
+        if lost >= WORTH_PARKING and not _is_earlier(best.cached, sequence):
             # Another sequence that begins alike: the one that it begins like is still somebody's.
             self._park(best.cached)
         return best.cached
@@ -72,7 +84,7 @@ class Parking:
     def count_unread(self, sequence: list[int], holes: Sequence[Hole], unread: int) -> int:
         """Tokens that are left to read of a sequence of which the cache leaves `unread`."""
         best = self._best(sequence, holes, unread)
-        return unread if best is None else self._count_unread(best, sequence, holes)
+        return unread if best is None else self._count_unread(best.cached, sequence, holes)
 
     def fit(self) -> None:
         """Give up what no longer fits, now that the cache shares less with it."""
@@ -103,15 +115,17 @@ class Parking:
         """What leaves clearly fewer tokens to read than the cache, and fewest."""
         if unread < WORTH_PARKING or not self._kept:
             return None
-        best = min(self._kept, key=lambda kept: self._count_unread(kept, sequence, holes))
-        return best if unread - self._count_unread(best, sequence, holes) >= WORTH_PARKING else None
+        best = min(self._kept, key=lambda kept: self._count_unread(kept.cached, sequence, holes))
+        return best if unread - self._count_unread(best.cached, sequence, holes) >= WORTH_PARKING else None
 
     def _park(self, cached: Cached, instead_of: _Kept | None = None) -> None:
         """Park what is cached, if it can be, and resume what is to take its place, if anything is."""
-        if self._is_kept(cached, instead_of) or not self._make_room(self._model.park_bytes, instead_of):
+        n_bytes = self._model.park_bytes
+        if n_bytes > self._limit_bytes or self._is_kept(cached, instead_of):
             if instead_of is not None:
                 self._resume(instead_of)
             return
+        self._make_room(n_bytes, instead_of)
         # Off the list first: whatever interrupts it, what may be half in the cache is not taken for whole.
         if instead_of is not None:
             self._kept.remove(instead_of)
@@ -150,26 +164,48 @@ class Parking:
         finally:
             kept.parked.free()
 
-    def _make_room(self, n_bytes: int, kept: _Kept | None) -> bool:
-        """Whether so much more can be held, once `kept` is resumed; the least recently used go for it."""
-        if n_bytes > self._limit_bytes:
-            return False
+    def _make_room(self, n_bytes: int, kept: _Kept | None) -> None:
+        """Let so much more be held, once `kept` is resumed; the least recently used go for it."""
         leaving = kept.parked.n_bytes if kept else 0
         while self.n_bytes - leaving + n_bytes > self._limit_bytes:
             self._give_up(next(other for other in self._kept if other is not kept))
-        return True
 
     def _give_up(self, kept: _Kept) -> None:
         self._kept.remove(kept)
         kept.parked.free()
 
-    def _count_unread(self, kept: _Kept, sequence: list[int], holes: Sequence[Hole]) -> int:
-        return kept.cached.count_unread(sequence, holes, exact=self._exact)
+    def _count_unread(self, cached: Cached, sequence: list[int], holes: Sequence[Hole]) -> int:
+        if self._can_begin(cached, sequence, holes):
+            return cached.count_unread(sequence, holes, exact=self._exact)
+        return Cached([]).count_unread(sequence, holes, exact=self._exact)
+
+    def _can_begin(self, cached: Cached, sequence: list[int], holes: Sequence[Hole]) -> bool:
+        """Whether a model that cannot shorten its cache could go on from this one; any other model can."""
+        return self._model.spec.can_roll_back or (
+            len(cached.tokens) < len(sequence) and not self._count_lost(cached, sequence, holes)
+        )
 
     def _count_lost(self, cached: Cached, sequence: list[int], holes: Sequence[Hole]) -> int:
         return len(cached.tokens) - cached.num_kept(sequence, holes, exact=self._exact)
 
     def _covers(self, kept: Cached, cached: Cached) -> bool:
         """Whether `kept` serves for all of `cached` but a few tokens."""
-        lost = len(cached.tokens) - kept.num_kept(cached.tokens, cached.holes, exact=self._exact)
+        shared = kept.num_kept(cached.tokens, cached.holes, exact=self._exact)
+        if shared < len(kept.tokens) and not self._model.spec.can_roll_back:
+            return False
+        lost = len(cached.tokens) - shared
         return lost < WORTH_PARKING and (not self._exact or kept.num_known(cached.holes) == len(cached.holes))
+
+
+def _is_earlier(cached: Cached, sequence: list[int]) -> bool:
+    """Whether `sequence` is what is cached with a middle gone, and more: nobody asks for what it was again.
+
+    So it is where `sequence`, behind what the two begin with, goes on with all that is cached from some later place on.
+    """
+    begin = common_prefix(cached.tokens, sequence)
+    left, rest = cached.tokens[begin:], sequence[begin:]
+    if min(len(left), len(rest)) < LEAST_LEFT:
+        return False
+    windows = np.lib.stride_tricks.sliding_window_view(np.array(left, np.int64), LEAST_LEFT)
+    places = np.flatnonzero((windows == np.array(rest[:LEAST_LEFT], np.int64)).all(axis=1)).tolist()
+    return any(place + common_prefix(left[place:], rest) >= len(left) - LOOSE_END for place in places)

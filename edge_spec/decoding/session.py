@@ -49,6 +49,7 @@ class Session:
         self._holes: list[Hole] = []
         self._asked = 0
         self._parking = Parking(model, parked_bytes, exact=exact)
+        self._may_resume = True
         self.num_refused_rollbacks = 0
         """Times that the backend could not shorten its cache, so that a whole context had to be read again."""
 
@@ -106,8 +107,9 @@ class Session:
     def count_unread(self, context: Context, holes: Sequence[Hole] = ()) -> int:
         """Tokens that a decode of `context` would have to read."""
         sequence = list(context)
-        unread = self._known.count_unread(sequence, self._usable(sequence, holes), exact=self._exact)
-        return self._parking.count_unread(sequence, holes if self.spec.can_evict else (), unread)
+        usable = self._usable(sequence, holes)
+        unread = self._known.count_unread(sequence, usable, exact=self._exact)
+        return self._parking.count_unread(sequence, usable, unread) if self._may_resume else unread
 
     def follow(self, context: Context, holes: Sequence[Hole]) -> None:
         """Evict what a context has lost, all but its last token having been read, before anything more is."""
@@ -127,8 +129,10 @@ class Session:
         step = self._model.scored_rows if isinstance(self._model, Scoring) else self.spec.max_rows
         if not isinstance(self._model, Scoring):
             self.reach(tokens)
+        self._change_over(tokens, ())
         self._undo(0)
         self._keep_prefix_of([], 0)
+        self._parking.fit()
         for first in range(0, len(tokens) - 1, step):
             part, following = tokens[first : min(first + step, len(tokens) - 1)], tokens[first + 1 : first + step + 1]
             told[first + 1 : first + 1 + len(part)] = self._score(part, following)
@@ -144,6 +148,7 @@ class Session:
         told = -self._model.score(part, following).astype(np.float64)
         cached += part
         self._cached = cached
+        self._parking.fit()
         return told
 
     def trim(self, context: Context, holes: Sequence[Hole] = ()) -> int:
@@ -174,13 +179,23 @@ class Session:
             self._holes = []
             self._model.rollback(len(cached))
         self._parking.keep_within(n_ctx)
-        self._model.resize(n_ctx)
+        try:
+            self._model.resize(n_ctx)
+        except BaseException:
+            self._parking.clear()  # it may be in the memory that was being copied
+            raise
         self._cached = cached
 
     def forget(self) -> None:
         """Take the cache for empty, and give up what is parked: the next decode reads its whole sequence."""
         self._cached = None
         self._parking.clear()
+
+    def begin(self, *, anew: bool) -> None:
+        """A generation begins. `anew`: nothing that was read before serves it, though what is parked stays so."""
+        if anew:
+            self._cached = None
+        self._may_resume = not anew
 
     @property
     def num_parked(self) -> int:
@@ -234,8 +249,9 @@ class Session:
         """Where this is another sequence than before: park that one, and resume the one that serves this best."""
         if not self._parking.is_open:
             return
+        usable = self._usable(sequence, holes)
         before, self._cached = (None if self._cached is None else self._known), None
-        after = self._parking.change_over(before, sequence, holes if self.spec.can_evict else ())
+        after = self._parking.change_over(before, sequence, usable, may_resume=self._may_resume)
         if after is not None:
             self._cached, self._holes = after.tokens, after.holes
         elif before is not None:
@@ -333,6 +349,7 @@ class Session:
         decoded = self._model.decode(tokens, rows=rows, want=want)
         cached += tokens
         self._cached = cached
+        self._parking.fit()  # a block that was shared may have been copied for it
         return decoded
 
 

@@ -78,9 +78,8 @@ class ModelDrafter(Drafter):
     def start(self, request: Request) -> None:
         """Take over the sampling; what the model has read stays read. The pace is free again."""
         self.pace = None
-        if request.is_repeatable:
-            # The draft's passes are not padded, so its last bits depend on how it read the prompt: it reads it anew.
-            self._session.forget()
+        # The draft's passes are not padded, so its last bits depend on how it read the prompt: it reads it anew.
+        self._session.begin(anew=request.is_repeatable)
         sampling = request.sampling
         self._sampler = make_sampler(sampling if sampling.top_k < TOP_K else replace(sampling, top_k=0))
         self._request = request
