@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -69,6 +69,18 @@ class BlockPool:
         self.holders[blocks] -= 1
         self._written += blocks[self.holders[blocks] == 0].tolist()
         if len(self._written) >= GIVE_BACK and hasattr(mmap, "MADV_DONTNEED"):
+            self._give_back()
+
+    def recount(self, tables: Iterable[Blocks]) -> None:
+        """Count the holders anew: each of these tables, and nobody else. The system gets the memory of all the rest.
+
+        Puts right what an interrupt in the middle of the above has left.
+        """
+        self.holders[:] = 0
+        for table in tables:
+            self.holders[table] += 1
+        self._written, self._untouched = np.flatnonzero(self.holders == 0).tolist(), []
+        if hasattr(mmap, "MADV_DONTNEED"):
             self._give_back()
 
     def copy(self, source: Blocks, target: Blocks) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from edge_spec.backends._block_pool import BlockPool, Blocks
+from edge_spec.backends._parked_here import ParkedHere
 from edge_spec.backends._rotation import turn_keys
 from edge_spec.export.architecture import DecoderConfig
 
@@ -75,7 +75,8 @@ class PagedCache:
         self._park_bytes = park_bytes
         self._pool = self._allocate(capacity)
         self._table: Blocks = np.empty(0, np.int32)
-        self._parked: WeakSet[ParkedBlocks] = WeakSet()
+        self.parked: ParkedHere[ParkedBlocks] = ParkedHere()
+        """Every parked sequence that holds blocks here."""
 
     def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """Each array under the name that the graph gives it: `key_cache.0`, `value_cache.0`, …"""
@@ -91,7 +92,11 @@ class PagedCache:
         return self._table[: blocks_of(end)]
 
     def forget(self, length: int) -> None:
-        """Keep the first `length` tokens."""
+        """Keep the first `length` tokens. 0 is a way out of whatever was interrupted: blocks are counted anew."""
+        if length == 0:
+            self._table = np.empty(0, np.int32)
+            self._recount()
+            return
         kept, gone = np.split(self._table, [blocks_of(length)])
         if len(gone):
             self._table = kept
@@ -101,15 +106,13 @@ class PagedCache:
         """Keep the first `length` tokens' blocks as they are, whatever becomes of the cache."""
         table = self._table[: blocks_of(length)]
         self._pool.hold(table)
-        parked = ParkedBlocks(self, table, length)
-        self._parked.add(parked)
-        return parked
+        return self.parked.add(ParkedBlocks(self, table, length))
 
     def resume(self, parked: ParkedBlocks) -> None:
-        """Put a parked sequence in the place of what is cached."""
+        """Put a parked sequence in the place of what is cached; a way out as `forget(0)` is."""
         assert parked.table is not None, "it is still parked"
-        left, self._table, parked.table = self._table, parked.table, None
-        self._pool.drop(left)
+        self._table, parked.table = parked.table, None
+        self._recount()
 
     def own_bytes(self, table: Blocks) -> int:
         """See `ParkedBlocks.n_bytes`."""
@@ -141,20 +144,30 @@ class PagedCache:
     def resize(self, n_ctx: int, capacity: int) -> None:
         """Take blocks for another capacity, with what is held; the old ones go tensor by tensor.
 
-        Not for u8 where the rotary embedding depends on the window, since keys are turned then. Raises MemoryError with
-        the cache as it was.
+        Not for u8 where the rotary embedding depends on the window, since keys are turned then. Raises MemoryError,
+        with everything as it was if there is none for the new blocks. Whatever else stops it, nothing is cached
+        afterwards, and what was parked is free.
         """
-        parked = [one for one in self._parked if one.table is not None]
+        pool = self._allocate(capacity)
+        try:
+            self._move(pool, n_ctx)
+        except BaseException:
+            for one in self.parked:
+                one.table = None
+            self.forget(0)
+            raise
+
+    def _move(self, pool: BlockPool, n_ctx: int) -> None:
+        """Make `pool` the one that holds everything."""
+        parked = [one for one in self.parked if one.table is not None]
         tables = [self._table, *(one.table for one in parked if one.table is not None)]
         held = np.unique(np.concatenate(tables))
-        pool = self._allocate(capacity)
         pool.take_over(self._pool, held)
         self._turn(pool, [np.searchsorted(held, table) for table in tables], n_ctx)
         self._pool, self._n_ctx = pool, n_ctx
-        self._table = _renamed(held, self._table)
-        for one in parked:
-            assert one.table is not None
-            one.table = _renamed(held, one.table)
+        self._table, *others = (np.searchsorted(held, table).astype(np.int32) for table in tables)
+        for one, table in zip(parked, others, strict=True):
+            one.table = table
 
     def _turn(self, pool: BlockPool, tables: list[NDArray[np.intp]], n_ctx: int) -> None:
         """Turn all keys to the rotary embedding of another window. A block has the same place in all of its tables."""
@@ -175,11 +188,18 @@ class PagedCache:
             return
         fresh = self._pool.take(len(shared) + more)
         table = np.append(self._table, fresh[len(shared) :])
-        if len(shared):
-            lent, table[shared] = table[shared], fresh[: len(shared)]
+        lent, table[shared] = table[shared], fresh[: len(shared)]
+        try:
             self._pool.copy(lent, table[shared])
-            self._pool.drop(lent)
-        self._table = table
+        except BaseException:
+            self._pool.drop(fresh)
+            raise
+        self._table = table  # before they are dropped: an interrupt between the two loses a block until the next count
+        self._pool.drop(lent)
+
+    def _recount(self) -> None:
+        """Let the pool know of the tables that there are, and of nobody else's."""
+        self._pool.recount([self._table, *(one.table for one in self.parked if one.table is not None)])
 
     def _allocate(self, capacity: int) -> BlockPool:
         config = self._config
@@ -191,11 +211,6 @@ class PagedCache:
         key = (count, config.n_kv_head, BLOCK + more, config.head_dim)
         value = (count, config.n_kv_head, BLOCK, config.head_dim + more)
         return BlockPool([key, value] * config.n_layer, KV_TYPES[self._kv])
-
-
-def _renamed(held: Blocks, table: Blocks) -> Blocks:
-    """A table of blocks `held`, ascending, as one of their places in it."""
-    return np.searchsorted(held, table).astype(np.int32)
 
 
 def token_bytes(config: DecoderConfig, kv: str) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 from weakref import WeakSet
 
 from edge_spec.backends._cache_limits import check_resumed
-from edge_spec.backends.base import Parked
+from edge_spec.backends.base import CausalLM, Parked
 from edge_spec.types import ModelSpec
 
 
@@ -28,6 +29,10 @@ class ParkedHere(Generic[ParkedT]):
     def __init__(self) -> None:
         self._all: WeakSet[ParkedT] = WeakSet()
 
+    def __iter__(self) -> Iterator[ParkedT]:
+        """Each of them, the free ones too."""
+        return iter(list(self._all))
+
     def add(self, parked: ParkedT) -> ParkedT:
         """Count one more; returns it."""
         self._all.add(parked)
@@ -40,7 +45,14 @@ class ParkedHere(Generic[ParkedT]):
         assert own is not None, "it was checked"
         return own
 
+    def swap(self, model: CausalLM, parked: Parked) -> Parked:
+        """`CausalLM.swap`, by `park` and `resume`, of the model whose these are."""
+        self.check(model.spec, parked)
+        left = model.park()
+        model.resume(parked)
+        return left
+
     def free(self) -> None:
         """Free all of them."""
-        for parked in list(self._all):
+        for parked in self:
             parked.free()

@@ -225,10 +225,7 @@ class LlamaModel:
     def swap(self, parked: Parked) -> Parked:
         """See `CausalLM.swap`; both sequences are held twice for a moment."""
         self._require_open()
-        self._parked.check(self.spec, parked)
-        left = self.park()
-        self.resume(parked)
-        return left
+        return self._parked.swap(self, parked)
 
     def close(self) -> None:
         """Free context and weights; views on logits end here."""

@@ -27,8 +27,7 @@ from edge_spec.backends._onnx_session import MEMORY_REMEDY
 from edge_spec.backends._openvino_graph import build_model, rotary_factors
 from edge_spec.backends._openvino_limits import check_expressible
 from edge_spec.backends._padded_model import PaddedModel
-from edge_spec.backends._paged_cache import KV_TYPES, PagedCache, ParkedBlocks, token_bytes
-from edge_spec.backends._parked_here import ParkedHere
+from edge_spec.backends._paged_cache import KV_TYPES, PagedCache, token_bytes
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.base import Parked
 from edge_spec.backends.onnx import EMBEDDING
@@ -96,7 +95,6 @@ class OpenVinoModel(PaddedModel):
         )
         super().__init__(spec)
         self._config = config
-        self._parked: ParkedHere[ParkedBlocks] = ParkedHere()
         self._embeddings = GGUFFile(export.source_file)
         if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
             raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
@@ -113,7 +111,9 @@ class OpenVinoModel(PaddedModel):
             "ENABLE_CPU_PINNING": False,
         }
         with _translated(ov, f"loading {name}"):
-            self._cache: Any = PagedCache(config, n_ctx, _capacity(n_ctx), kv, park_bytes)
+            cache = PagedCache(config, n_ctx, _capacity(n_ctx), kv, park_bytes)
+            self._cache: Any = cache
+            self._parked = cache.parked
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = _core().compile_model(model, "CPU", settings)
@@ -185,7 +185,8 @@ class OpenVinoModel(PaddedModel):
         """See `CausalLM.park`: the blocks stay where they are."""
         self._require_open()
         check_parks(self._spec)
-        return self._parked.add(self._cache.park(self._length))
+        parked: Parked = self._cache.park(self._length)
+        return parked
 
     def resume(self, parked: Parked) -> None:
         """See `CausalLM.resume`: other blocks are cached from now on."""
@@ -197,10 +198,7 @@ class OpenVinoModel(PaddedModel):
     def swap(self, parked: Parked) -> Parked:
         """See `CausalLM.swap`."""
         self._require_open()
-        self._parked.check(self._spec, parked)
-        left = self.park()
-        self.resume(parked)
-        return left
+        return self._parked.swap(self, parked)
 
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""

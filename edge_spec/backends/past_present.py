@@ -148,10 +148,7 @@ class PastPresentModel(PaddedModel):
     def swap(self, parked: Parked) -> Parked:
         """See `CausalLM.swap`."""
         self._require_open()
-        self._parked.check(self._spec, parked)
-        left = self.park()
-        self.resume(parked)
-        return left
+        return self._parked.swap(self, parked)
 
     def close(self) -> None:
         """Give the session and the cache back."""
@@ -165,5 +162,6 @@ class PastPresentModel(PaddedModel):
         return {name: np.zeros(shape, np.float32) for name in self._past_names}
 
     def _kept(self, name: str) -> NDArray[np.float32]:
-        """A cache tensor without what lies behind the length: padding, and what was rolled back."""
-        return np.ascontiguousarray(self._cache[name][:, :, : self._length])
+        """A cache tensor without what lies behind the length: padding, and what was rolled back; no view of that."""
+        cached = self._cache[name]
+        return cached if cached.shape[2] == self._length else cached[:, :, : self._length].copy()
