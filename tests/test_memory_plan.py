@@ -152,6 +152,15 @@ def test_the_room_for_parked_chats_goes_before_anything_else(wanted: Estimate) -
     assert "what fits" in str(raised.value)
 
 
+@pytest.mark.parametrize("draft_backend", ["onnx", "openvino"])
+def test_the_address_space_of_parked_chats_is_counted_once_a_pool(wanted: Estimate, draft_backend: str) -> None:
+    both = wanted.at(backend="openvino", draft_backend=draft_backend)
+    parking = both.at(parked=200 * MIB)
+    pools = [part for part in both.components if part.name == "cache"][: 2 if draft_backend == "openvino" else 1]
+    more = parking.committed_bytes + parking.reserved_bytes - both.committed_bytes - both.reserved_bytes
+    assert more == sum(200 * MIB + pool.committed_bytes for pool in pools)
+
+
 def test_each_smaller_draft_is_tried_in_order_before_drafts_are_given_up(wanted: Estimate, tmp_path: Path) -> None:
     shape: dict[str, Any] = {"hidden": 256, "n_head": 8, "n_kv_head": 8, "n_ctx": 65536}
     drafts = [facts_of_gguf(write_tiny_gguf(tmp_path / f"draft-{n}.gguf", n_layer=n, ff=256, **shape)) for n in (2, 1)]

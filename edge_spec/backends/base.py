@@ -76,9 +76,9 @@ class CausalLM(Protocol):
         """Change the cache's length to `n_ctx` tokens, with those that it holds; `spec.n_ctx` follows.
 
         The memory of a longer cache goes back to the system. Raises UsageError, with the cache as it was, if the
-        cached tokens do not fit or the model was not trained for `n_ctx`; BackendError if there is no memory for it (what
-        is cached is then undefined, and what was parked may be free);
-        CacheUnsupportedError where `spec.can_resize` is False.
+        cached tokens do not fit or the model was not trained for `n_ctx`; BackendError if there is no memory for it
+        (what is cached is then undefined, and what was parked may be free); CacheUnsupportedError where
+        `spec.can_resize` is False.
         """
         ...
 

@@ -54,7 +54,11 @@ class _Model:
         )
         # llama.cpp writes zeros to its cache when it makes it (`llama-kv-cache.cpp`).
         # OpenVINO's is a pool with the parked blocks, and with a second cache that an eviction may need for a moment.
-        reserved = n_bytes + settings.parked if self.backend == "openvino" and settings.parked else 0
+        # What is parked is the process's part, once; only the pool of a second model is more than that.
+        reserved = 0
+        if self.backend == "openvino" and settings.parked:
+            second = self.owner is Owner.DRAFT and settings.backend == "openvino"
+            reserved = n_bytes + (settings.parked if second else 0)
         return self.part("cache", n_bytes, filled_later=self.backend != "llama", reserved_bytes=reserved)
 
     def library(self) -> Component:
