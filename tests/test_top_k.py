@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_spec.backends.top_k import join, top_k
+from edge_spec.backends.top_k import top_k
 from edge_spec.decoding.history import History
 from edge_spec.decoding.sampling import make_sampler
 from edge_spec.errors import BackendError
-from edge_spec.types import SamplingParams, TopK
+from edge_spec.types import SamplingParams
 from tests.reference import distribution
 
 
@@ -50,16 +50,6 @@ def test_logits_that_are_not_numbers_are_an_error(bad: float, n: int) -> None:
         top_k(logits)
     with pytest.raises(BackendError, match="not numbers"):
         top_k(np.full((1, n), -np.inf, np.float32))
-
-
-@pytest.mark.parametrize("split", [1, 30, 64, 200, 399])
-def test_the_top_k_of_two_parts_are_those_of_the_whole(split: int) -> None:
-    logits = random_logits(4, 400)
-    left, right = top_k(logits[:, :split]), top_k(logits[:, split:])
-    joined, whole = join(left, TopK(right.ids + split, right.logits, right.log_sum)), top_k(logits)
-    assert np.array_equal(joined.ids, whole.ids)
-    assert np.array_equal(joined.logits, whole.logits)
-    np.testing.assert_allclose(joined.log_sum, whole.log_sum, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The curve of a draft: what its token costs, how often the target agrees with it, and what that is worth.
 
     python tools/draft_curve.py --workload FILE --limit 4 --answers answers.jsonl --exports DIR
-    python tools/draft_curve.py --answers answers.jsonl --exports DIR --points plain,whole,65k,32k,16k,8k --rounds 60
+    python tools/draft_curve.py --answers answers.jsonl --exports DIR --points plain,draft,whole,32k,8k --rounds 60
 
 Each point is a recipe, or the name of an export that is in the folder already. The first is the straightforward export
 (whole head, round to nearest), drafted from whole rows of logits; the others draft as generations do. Costs are
@@ -31,7 +31,7 @@ from edge_spec.backends.onnx import OnnxModel
 from edge_spec.benchmark.workload import choose, read_workload, sample_workload
 from edge_spec.cores import check_threads
 from edge_spec.errors import EdgeSpecError, UsageError
-from edge_spec.export import Recipe, export_model, open_export
+from edge_spec.export import RECIPES, Recipe, export_model, open_export
 from edge_spec.export.folder import is_export
 from edge_spec.loading import find_source
 from edge_spec.store import Store
@@ -40,6 +40,7 @@ POINTS = {
     recipe.name: recipe
     for recipe in (
         Recipe("plain", 4, 128),
+        RECIPES["draft"],
         Recipe("whole", 4, 128, zero_points=True),
         *(Recipe(f"{n}k", 4, 128, zero_points=True, head_rows=n << 10) for n in (65, 32, 24, 16, 8)),
         Recipe("symmetric", 4, 128, head_rows=32 << 10),

@@ -97,7 +97,6 @@ class OnnxModel(PaddedModel):
                 enable_fallback=0,  # it would print to standard output and try the same again
             )
             self._binding: Any = self._session.io_binding()
-            self._run_options = ort.RunOptions()
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
             self._logits: Logits = (
                 np.empty((max_rows, config.n_vocab), np.float32) if self._head is None else self._head.logits
@@ -157,7 +156,7 @@ class OnnxModel(PaddedModel):
         self._feed("seqlens_k", np.array([total - 1], np.int32))
         self._feed("total_sequence_length", np.array(total, np.int32))
         with translated(f"decoding {len(tokens)} tokens"):
-            self._session.run_with_iobinding(self._binding, self._run_options)
+            self._session.run_with_iobinding(self._binding)
         self._length += len(tokens)
 
     def evict(self, start: int, end: int) -> None:

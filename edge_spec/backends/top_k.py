@@ -37,17 +37,6 @@ def _log_sum_exp(scores: Logits) -> np.floating:
     return total
 
 
-def join(left: TopK, right: TopK, k: int = TOP_K) -> TopK:
-    """The likeliest tokens of two disjoint sets of which the likeliest are known, [rows, at most k]."""
-    ids, logits = np.concatenate([left.ids, right.ids], axis=1), np.concatenate([left.logits, right.logits], axis=1)
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    return TopK(
-        np.take_along_axis(ids, order, axis=1),
-        np.take_along_axis(logits, order, axis=1),
-        np.logaddexp(left.log_sum, right.log_sum),
-    )
-
-
 def largest(scores: Logits, k: int) -> NDArray[np.int64]:
     """Positions, increasing, of the k largest scores; of equal ones at the edge, any.
 

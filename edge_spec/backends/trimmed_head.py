@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends.top_k import join, log_sum_exp, top_k
+from edge_spec.backends.top_k import log_sum_exp, top_k
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, Output, TopK
@@ -84,12 +84,12 @@ class TrimmedHead:
         return told - sums
 
     def _top_k(self, rows: int) -> TopK:
-        kept = top_k(self.logits[:rows])
-        kept = TopK(self._ids[kept.ids], kept.logits, kept.log_sum)
-        if not len(self._reached):
-            return kept
-        reached = top_k(self._score_reached(rows))
-        return join(kept, TopK(self._reached[reached.ids], reached.logits, reached.log_sum))
+        scores, ids = self.logits[:rows], self._ids
+        if len(self._reached):
+            scores = np.concatenate([scores, self._score_reached(rows)], axis=1)
+            ids = np.concatenate([ids, self._reached])
+        top = top_k(scores)
+        return TopK(ids[top.ids], top.logits, top.log_sum)
 
     def _score_reached(self, rows: int) -> Logits:
         """Logits [rows, reached tokens]."""
