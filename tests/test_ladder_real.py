@@ -25,7 +25,9 @@ def test_a_falling_budget_takes_draft_context_and_cache_and_ends_the_answer(
     with Engine.load(target=smollm2_path, draft=draft, backend=backend, n_ctx=2048) as engine:
         result, seen = squeeze(engine, fill=0.6)
     assert is_right(result), result.measures
-    held = [min(one.anonymous_bytes for one in seen if one.measures == number) for number in (0, 1, 3)]
+    # Where memory is short, two measures may be taken between two tokens: what went of the context holds no memory.
+    stages = (range(1), range(1, 3), range(3, len(result.measures) + 1))
+    held = [min(one.anonymous_bytes for one in seen if one.measures in stage) for stage in stages]
     assert held[1] < held[0] - 20 * MIB, "the draft"
     assert held[2] < held[1] - 8 * MIB, "the cache"
     assert {dropped.policy for dropped in result.dropped} == {"turns"}
