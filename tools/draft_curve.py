@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = options.points.split(",")
         threads = check_threads(options.threads)
+        for folder in (options.exports, options.answers.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         if not options.answers.exists():
             prompts = read_workload(options.workload) if options.workload else sample_workload()
             prompts = choose(prompts, limit=options.limit)
