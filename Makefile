@@ -78,7 +78,8 @@ quality: install
 	    $(if $(WORKLOAD),--workload $(WORKLOAD) --limit 6) \
 	    $(if $(PROBLEMS),--problems $(PROBLEMS) --draft qwen2.5-coder-0.5b)
 	$(BIN)/python tools/loaded_memory.py $(QUALITY_RECIPES:%=$(QUALITY_TARGET)@%)
-	$(BIN)/python tools/draft_curve.py --points plain,draft --answers build/draft/answers.jsonl --exports build/draft \
+	$(BIN)/python tools/draft_curve.py --points plain,draft --exports build/draft \
+	    --answers build/draft/$(or $(basename $(notdir $(WORKLOAD))),samples).answers.jsonl \
 	    $(if $(WORKLOAD),--workload $(WORKLOAD) --limit 4)
 
 lint: install

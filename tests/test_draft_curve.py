@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import draft_curve
@@ -81,3 +82,14 @@ def test_a_file_without_answers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text('{"task": 1}\n', "utf-8")
     with pytest.raises(UsageError, match="recorded answers"):
         read(tmp_path / "answers.jsonl")
+
+
+def test_an_export_by_another_recipe_than_its_name_says_is_refused(
+    exports: Path, answers: list[Answer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(asdict(answer)) + "\n" for answer in answers), "utf-8")
+    (tmp_path / "draft").symlink_to(exports / "trimmed")
+    arguments = ["--answers", str(file), "--exports", str(tmp_path), "--points", "draft"]
+    assert draft_curve.main(arguments) == 2
+    assert "another recipe" in capsys.readouterr().err

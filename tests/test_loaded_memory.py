@@ -9,7 +9,7 @@ import loaded_memory
 import pytest
 
 from edge_spec.errors import EdgeSpecError
-from edge_spec.export import Recipe, export_model
+from edge_spec.export import Recipe, export_model, open_export
 from tests.tiny_models import write_tiny_gguf
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="smaps are Linux's")
@@ -23,7 +23,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_longer_cache_is_held_as_well(export: Path) -> None:
-    trained = loaded_memory.open_export(export).config.n_ctx_train
+    trained = open_export(export).config.n_ctx_train
     short, long = (loaded_memory.hold_apart(export, n_ctx, threads=1) for n_ctx in (1, trained))
     assert short.weights == long.weights > 0
     assert long.cache == trained * short.cache

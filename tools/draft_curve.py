@@ -108,7 +108,10 @@ def _open(name: str, options: argparse.Namespace, threads: int) -> OnnxModel:
             raise UsageError(f"{name} is no export in {options.exports} and no point; there are {', '.join(POINTS)}")
         source = find_source(Store(), options.draft)
         export_model(source.gguf, POINTS[name], path, sha256=source.sha256, threads=threads)
-    return OnnxModel(open_export(path), name=name, n_ctx=4096, threads=threads)
+    export = open_export(path)
+    if export.recipe != POINTS.get(name, export.recipe):
+        raise UsageError(f"{path} was made by another recipe than {name}'s of today: remove it")
+    return OnnxModel(export, name=name, n_ctx=4096, threads=threads)
 
 
 def _guesses(model: OnnxModel, file: Path, answers: list[Answer]) -> list[list[tuple[int, float]]]:

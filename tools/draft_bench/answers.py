@@ -25,17 +25,20 @@ class Answer:
 
 
 def record(target: str, prompts: Sequence[Prompt], max_tokens: int, threads: int, file: Path) -> None:
-    """Let `target` answer the prompts' first turns, greedily, and write its answers to `file`, one a line."""
+    """Let `target` answer the prompts' first turns, greedily, and write its answers to `file`, one a line; the file is
+    there once all are."""
     store = Store()
     source = find_source(store, target)
     loaded = Loader(store=store, backend="onnx", threads=threads).load(source, n_ctx=4096, recipe=None, aligned=True)
     decoder = SpeculativeDecoder(Session(loaded.model), LookupDrafter())
-    with file.open("w", encoding="utf-8") as out:
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as out:
         for prompt in prompts:
             ids = source.template.render_ids([{"role": "user", "content": prompt.turns[0]}], source.tokenizer)
             steps = decoder.generate(ids, max_tokens=max_tokens, stop_ids=source.tokenizer.stop_ids)
             answer = Answer(prompt.task, list(ids), [token for step in steps for token in step.tokens])
             out.write(json.dumps(asdict(answer)) + "\n")
+    partial.replace(file)
     loaded.model.close()
 
 
