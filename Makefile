@@ -65,7 +65,7 @@ test-export: install $(VENV)/.optimum
 	EDGE_SPEC_OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python $(BIN)/python -m pytest -m export
 
 # Perplexity, agreement, divergence and the cost of a pass; with PROBLEMS= (HumanEval's form) also programs that pass.
-# Then what the loaded exports hold, and what a draft token costs and how often it is right.
+# Then what a draft token costs and how often it is right, and (on Linux) what the loaded exports hold.
 QUALITY_TARGET := qwen2.5-coder-1.5b
 QUALITY_RECIPES ?= int4 int4-accurate int4-fast int4-plain
 WORKLOAD ?=
@@ -77,10 +77,10 @@ quality: install
 	    $(QUALITY_RECIPES:%=onnx:$(QUALITY_TARGET)@%) --baseline onnx:$(QUALITY_TARGET)@int4-plain \
 	    $(if $(WORKLOAD),--workload $(WORKLOAD) --limit 6) \
 	    $(if $(PROBLEMS),--problems $(PROBLEMS) --draft qwen2.5-coder-0.5b)
-	$(BIN)/python tools/loaded_memory.py $(QUALITY_RECIPES:%=$(QUALITY_TARGET)@%)
 	$(BIN)/python tools/draft_curve.py --points plain,draft --exports build/draft \
 	    --answers build/draft/$(or $(basename $(notdir $(WORKLOAD))),samples).answers.jsonl \
 	    $(if $(WORKLOAD),--workload $(WORKLOAD) --limit 4)
+	$(BIN)/python tools/loaded_memory.py $(QUALITY_RECIPES:%=$(QUALITY_TARGET)@%)
 
 lint: install
 	$(BIN)/ruff check .

@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EdgeSpecError as exc:
         print(f"draft_curve: {exc}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.models and not options.export:
         parser.error("name a model")
+    if sys.platform != "linux":
+        parser.error("what a process holds is read from Linux's smaps")
     try:
         threads = check_threads(options.threads)
         if options.export:
@@ -99,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EdgeSpecError as exc:
         print(f"loaded_memory: {exc}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     if options.json:
         print(json.dumps({name: asdict(one) | {"ratio": one.ratio} for name, one in held.items()}, indent=1))
     else:

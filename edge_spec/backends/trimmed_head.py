@@ -52,6 +52,7 @@ class TrimmedHead:
             self._forget()
             new = asked[~self._known[asked]][:_MAX_REACHED]
         self._reached = np.concatenate([self._reached, new])
+        self._scored = np.concatenate([self._ids, self._reached])
         self._rows = np.concatenate([self._rows, self._source.dequantize(self._tensor, new)])
         self._known[new] = True
 
@@ -84,12 +85,11 @@ class TrimmedHead:
         return told - sums
 
     def _top_k(self, rows: int) -> TopK:
-        scores, ids = self.logits[:rows], self._ids
+        scores = self.logits[:rows]
         if len(self._reached):
             scores = np.concatenate([scores, self._score_reached(rows)], axis=1)
-            ids = np.concatenate([ids, self._reached])
         top = top_k(scores)
-        return TopK(ids[top.ids], top.logits, top.log_sum)
+        return TopK(self._scored[top.ids], top.logits, top.log_sum)
 
     def _score_reached(self, rows: int) -> Logits:
         """Logits [rows, reached tokens]."""
@@ -104,4 +104,5 @@ class TrimmedHead:
         self._known[self._ids] = True
         self._forgotten = np.concatenate([self._forgotten, self._reached])
         self._reached = np.empty(0, np.int64)
+        self._scored = self._ids
         self._rows = np.empty((0, self.hidden.shape[1]), np.float32)
