@@ -12,9 +12,13 @@ Inputs (S new tokens, R rows, P blocks in the cache, B of them in use):
   max_context_len       int32   []                  tokens cached after this pass
   key_cache.L, value_cache.L   [P, n_kv_head, 32, head_dim], of the element type that the model is compiled for;
                         owned by the caller, written in place
+  reached               float32 [hidden, A]         only where the head is trimmed: see `export.graph`
 Outputs:
-  logits                float32 [R, rows of the head]
-  hidden                float32 [R, hidden]         what the head is applied to; only where the head is trimmed
+  logits                float32 [R, V]              V: rows of the head, and where it is trimmed the A reached ones
+and where the head is trimmed: see `export.graph`
+  top_logits, top_places   float32, int64 [R, K]
+  log_sum               float32 [R, 1]
+  hidden                float32 [R, hidden]
 
 The last layer works on the R rows alone once its attention is done: nothing later needs the others.
 """
@@ -30,6 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 from edge_spec.export.architecture import DecoderConfig
 from edge_spec.export.graph import HEAD, StoredMatrix, Weights
 from edge_spec.export.quantize import pack_levels, unpack_levels
+from edge_spec.types import TOP_K
 
 
 def build_model(config: DecoderConfig, weights: Weights, mapped: NDArray[np.uint8]) -> Any:
@@ -97,12 +102,26 @@ class _Builder:
             branch = self.feed_forward(block, self.norm(block + "ffn_norm", residual))
             residual = op.add(residual, self.post_norm(block + "post_ffw_norm", branch))
         normed = self.norm("output_norm", residual)
-        outputs = {"logits": self.bounded(self.project(HEAD, normed))}
-        if sum(part.n_rows for part in self.weights.matrices[HEAD]) < config.n_vocab:
-            outputs["hidden"] = normed
-        for name, node in outputs.items():
-            node.output(0).get_tensor().set_names({name})
-        return self.ov.Model([op.result(node) for node in outputs.values()], self.parameters, config.architecture)
+        outputs = self.scores(normed)
+        for name, output in outputs.items():
+            output.get_tensor().set_names({name})
+        return self.ov.Model([op.result(output) for output in outputs.values()], self.parameters, config.architecture)
+
+    def scores(self, normed: Any) -> dict[str, Any]:
+        """The outputs, by their names."""
+        op, scores = self.op, self.project(HEAD, normed)
+        n_rows = sum(part.n_rows for part in self.weights.matrices[HEAD])
+        if n_rows == self.config.n_vocab:
+            return {"logits": self.bounded(scores).output(0)}
+        reached = self.parameter("reached", [self.config.hidden, -1], "f32")
+        logits = self.bounded(op.concat([scores, op.matmul(normed, reached, False, False)], 1))
+        k = self.indices(min(TOP_K, n_rows))
+        largest, places = op.topk(logits, k, 1, "max", "value", index_element_type="i64").outputs()
+        best = op.reduce_max(largest, self.indices([1]), keep_dims=True)
+        shares = op.reduce_sum(op.exp(op.subtract(logits, best)), self.indices([1]), keep_dims=True)
+        log_sum = op.add(op.log(shares), best)
+        outputs = {"logits": logits, "hidden": normed, "log_sum": log_sum}
+        return {name: node.output(0) for name, node in outputs.items()} | {"top_logits": largest, "top_places": places}
 
     def attention(self, layer: int, normed: Any) -> Any:
         config = self.config

@@ -98,15 +98,16 @@ class OnnxModel(PaddedModel):
             )
             self._binding: Any = self._session.io_binding()
             self._head = TrimmedHead.of(export, max_rows, self._embeddings)
-            self._logits: Logits = (
-                np.empty((max_rows, config.n_vocab), np.float32) if self._head is None else self._head.logits
-            )
+            self._logits = np.empty((max_rows if self._head is None else 0, config.n_vocab), np.float32)
+            self._written: dict[str, NDArray[Any]] = {}
             self._bound_rows = 0
             self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
             self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx), kv_scales)
             if kv_scales is not None:
                 self._bind_scales(kv_scales)
             self._bind_cache()
+            if self._head is not None:
+                self._bind("reached", self._head.reached)
         drop_file_pages(export.weights_file.resolve())  # the kernels have copies in an order of their own
 
     def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
@@ -116,18 +117,17 @@ class OnnxModel(PaddedModel):
         check_decoded(self._spec, n, rows, self._length)
         wanted = self._wanted(n, rows)
         if len(wanted) != self._bound_rows:
-            hidden = None if self._head is None else self._head.hidden
-            self._bind_rows(len(wanted), self._logits, hidden)
+            self._bind_rows(len(wanted), self._logits[: len(wanted)])
         self._run(tokens, wanted)
         if self._head is not None:
-            return self._head.read(rows, want)
+            return self._head.read(self._written, rows, want)
         logits = self._logits[:rows]
         return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     @property
     def scored_rows(self) -> int:
         """See `Scoring.scored_rows`."""
-        width = int(self._logits.shape[1])
+        width = int(self._logits.shape[1]) if self._head is None else self._head.width
         return max(self._spec.max_rows, min(64, SCORED_BYTES // (4 * width)))
 
     def score(self, tokens: Sequence[int], following: Sequence[int]) -> Logits:
@@ -136,16 +136,14 @@ class OnnxModel(PaddedModel):
         n = len(tokens)
         check_decoded(self._spec, n, 1, self._length)
         wanted = self._wanted(n, n)
-        rows = len(wanted)
-        logits = np.empty((rows, self._logits.shape[1]), np.float32)
-        hidden = None if self._head is None else np.empty((rows, self._head.hidden.shape[1]), np.float32)
-        self._bind_rows(rows, logits, hidden)
+        logits = np.empty((0 if self._head else len(wanted), self._logits.shape[1]), np.float32)
+        self._bind_rows(len(wanted), logits)
         self._bound_rows = 0  # the next pass writes where it wrote before
         self._run(tokens, wanted)
         asked = np.asarray(following, np.int64)
-        if self._head is None or hidden is None:
-            return np.asarray(logits[np.arange(n), asked] - log_sum_exp(logits[:n]), np.float32)
-        return self._head.log_probs(logits[:n], hidden[:n], asked)
+        if self._head is not None:
+            return self._head.log_probs(self._written, asked)
+        return np.asarray(logits[np.arange(n), asked] - log_sum_exp(logits[:n]), np.float32)
 
     def _run(self, tokens: Sequence[int], wanted: NDArray[np.int64]) -> None:
         """One pass over `tokens`, whose `wanted` rows go where they were bound to."""
@@ -213,8 +211,9 @@ class OnnxModel(PaddedModel):
 
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
-        if self._head is not None:
-            self._head.reach(tokens)
+        if self._head is not None and self._head.reach(tokens):
+            self._bind("reached", self._head.reached)
+            self._bound_rows = 0  # rows are longer now
 
     def close(self) -> None:
         """Give the session, the cache and the buffers back."""
@@ -225,6 +224,7 @@ class OnnxModel(PaddedModel):
         self._binding = self._session = self._head = None
         self._cache = None
         self._held.clear()
+        self._written.clear()
         self._logits = np.empty((0, 0), np.float32)
 
     def _bind_cache(self) -> None:
@@ -241,11 +241,11 @@ class OnnxModel(PaddedModel):
             for kind, rows in zip(("key", "value"), scales, strict=True):
                 self._bind(f"{kind}_scale.{layer}", rows[layer])
 
-    def _bind_rows(self, n_rows: int, logits: Logits, hidden: Logits | None) -> None:
-        """Bind what the head writes, for `n_rows` rows."""
-        self._bind_output("logits", (1, n_rows, logits.shape[1]), logits)
-        if hidden is not None:
-            self._bind_output("hidden", (1, n_rows, hidden.shape[1]), hidden)
+    def _bind_rows(self, n_rows: int, logits: Logits) -> None:
+        """Bind what the head writes of `n_rows` rows: `logits` if it is whole."""
+        self._written = {"logits": logits} if self._head is None else self._head.buffers(n_rows)
+        for name, array in self._written.items():
+            self._bind_output(name, (1, *array.shape), array)
         self._bound_rows = n_rows
 
     def _feed(self, name: str, array: NDArray[Any]) -> None:

@@ -43,7 +43,7 @@ from edge_spec.errors import (
 from edge_spec.export import Export
 from edge_spec.export.stored import give_back, map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, Logits, ModelSpec, Output
+from edge_spec.types import Decoded, ModelSpec, Output
 
 _GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
@@ -122,7 +122,10 @@ class OpenVinoModel(PaddedModel):
             self._request: Any = self._compiled.create_infer_request()
             self._ov = ov
             self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
+            self._outputs = [output.get_any_name() for output in self._compiled.outputs]
             self._bind_cache()
+            if self._head is not None:
+                self._set("reached", self._head.reached)
         # The first pass copies the weights into an order of the plugin's own, and is done with the file.
         self.decode([0], rows=0)
         self.rollback(0)
@@ -148,9 +151,12 @@ class OpenVinoModel(PaddedModel):
         self._set("max_context_len", np.array(total, np.int32))
         with _translated(self._ov, f"decoding {n} tokens"):
             self._request.infer(share_outputs=True)
-            outputs = [tensor.data for tensor in self._request.output_tensors]
+            written = {name: self._request.get_tensor(name).data for name in self._outputs}
         self._length += n
-        return self._scored(*outputs, rows=rows, want=want)
+        if self._head is not None:
+            return self._head.read(written, rows, want)
+        logits = written["logits"][:rows]
+        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, and the memory of what is forgotten goes back to the system."""
@@ -202,8 +208,8 @@ class OpenVinoModel(PaddedModel):
 
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
-        if self._head is not None:
-            self._head.reach(tokens)
+        if self._head is not None and self._head.reach(tokens):
+            self._set("reached", self._head.reached)
 
     def close(self) -> None:
         """Give the compiled model, the cache and the buffers back."""
@@ -215,13 +221,6 @@ class OpenVinoModel(PaddedModel):
         self._weights = self._head = None
         self._held.clear()
         self._cache = None
-
-    def _scored(self, logits: Logits, *hidden: NDArray[np.float32], rows: int, want: Output) -> Decoded:
-        """What is wanted of `rows` rows, from what the graph wrote."""
-        if self._head is not None:
-            self._head.logits[:rows], self._head.hidden[:rows] = logits[:rows], hidden[0][:rows]
-            return self._head.read(rows, want)
-        return Decoded(logits[:rows]) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits[:rows]))
 
     def _bind_cache(self) -> None:
         """Make the rotary factors, and give the request the blocks of each layer's keys and values."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends.top_k import log_sum_exp, top_k
+from edge_spec.backends.top_k import log_sum_exp, require_numbers
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
-from edge_spec.types import Decoded, Logits, Output, TopK
+from edge_spec.types import TOP_K, Decoded, Logits, Output, TopK
+
+Written: TypeAlias = Mapping[str, NDArray[Any]]
+"""What a graph with a trimmed head wrote, by the names of `export.graph`, each [rows, ...]."""
 
 _MAX_REACHED = 1024
 """Tokens that can be reached beside the head's; past that the ones of earlier texts are forgotten. A long prompt has a
@@ -18,22 +22,17 @@ few hundred that the head lacks, and a thousand cost 0.2 ms a token."""
 
 
 class TrimmedHead:
-    """Reads a trimmed head's logits as those of the vocabulary, and scores tokens that were asked for in NumPy.
-
-    `logits` float32 [max_rows, head rows] and `hidden` float32 [max_rows, hidden] are what the graph writes.
-    """
+    """Gives the graph the rows of tokens that were asked for beside its head, and reads its places as tokens."""
 
     def __init__(self, export: Export, ids: NDArray[np.int64], max_rows: int, source: GGUFFile) -> None:
-        self.logits: Logits = np.empty((max_rows, len(ids)), np.float32)
-        self.hidden = np.empty((max_rows, export.config.hidden), np.float32)
         self._ids = ids
         self._source = source
         self._tensor = export.config.head_tensor
         self._softcap = export.config.logit_softcap
-        self._known = np.zeros(export.config.n_vocab, bool)
-        self._reached = self._forgotten = np.empty(0, np.int64)
-        self._rows = np.empty((0, export.config.hidden), np.float32)
+        self._n_vocab, self._hidden = export.config.n_vocab, export.config.hidden
+        self._max_rows = max_rows
         self._spread: Logits | None = None
+        self._scored, self._forgotten = ids, np.empty(0, np.int64)
         self._forget()
 
     @classmethod
@@ -42,40 +41,67 @@ class TrimmedHead:
         ids = export.read_head_ids()
         return None if ids is None else cls(export, ids, max_rows, source)
 
-    def reach(self, tokens: Iterable[int]) -> None:
-        """Score these tokens too, from the source's own rows of the head."""
-        asked = np.unique(np.fromiter(tokens, np.int64))
-        new = asked[~self._known[asked]]
-        if not len(new):
-            return
-        if len(self._reached) + len(new) > _MAX_REACHED:
-            self._forget()
-            new = asked[~self._known[asked]][:_MAX_REACHED]
-        self._reached = np.concatenate([self._reached, new])
-        self._scored = np.concatenate([self._ids, self._reached])
-        self._rows = np.concatenate([self._rows, self._source.dequantize(self._tensor, new)])
-        self._known[new] = True
+    @property
+    def reached(self) -> NDArray[np.float32]:
+        """What the graph takes under this name, [hidden, reached tokens]."""
+        return self._rows
 
-    def read(self, rows: int, want: Output) -> Decoded:
+    @property
+    def width(self) -> int:
+        """Tokens that are scored."""
+        return len(self._scored)
+
+    def reach(self, tokens: Iterable[int]) -> bool:
+        """Have these tokens scored too, by the source's own rows of the head; whether `reached` is another array."""
+        asked = set(tokens)
+        new = self._unknown(asked)
+        if not len(new):
+            return False
+        if self.width - len(self._ids) + len(new) > _MAX_REACHED:
+            self._forget()
+            new = self._unknown(asked)[:_MAX_REACHED]
+        rows = self._source.dequantize(self._tensor, new)
+        self._scored = np.concatenate([self._scored, new])
+        self._rows = np.ascontiguousarray(np.concatenate([self._rows, rows.T], axis=1))
+        for token in new:
+            self._known[token] = True
+        return True
+
+    def _unknown(self, tokens: set[int]) -> NDArray[np.int64]:
+        return np.array(sorted(token for token in tokens if not self._known[token]), np.int64)
+
+    def buffers(self, rows: int) -> dict[str, NDArray[Any]]:
+        """Room for what the graph writes of so many rows."""
+        k = min(TOP_K, len(self._ids))
+        widths = {"logits": self.width, "hidden": self._hidden, "top_logits": k, "log_sum": 1}
+        room: dict[str, NDArray[Any]] = {name: np.empty((rows, n), np.float32) for name, n in widths.items()}
+        return room | {"top_places": np.empty((rows, k), np.int64)}
+
+    def read(self, written: Written, rows: int, want: Output) -> Decoded:
         """What is wanted of the first `rows` rows that the graph wrote; of all tokens that are not reached, nothing:
-        their logits are minus infinity."""
+        their logits are minus infinity. BackendError where the logits are not numbers."""
         if want is Output.TOP_K:
-            return Decoded(np.empty((0, len(self._known)), np.float32), self._top_k(rows))
+            log_sum = written["log_sum"][:rows, 0]
+            for total in log_sum:
+                require_numbers(total)
+            top = TopK(self._scored[written["top_places"][:rows]], written["top_logits"][:rows], log_sum)
+            return Decoded(np.empty((0, self._n_vocab), np.float32), top)
         if self._spread is None:  # a draft never needs it
-            self._spread = np.full((len(self.logits), len(self._known)), -np.inf, np.float32)
+            self._spread = np.full((self._max_rows, self._n_vocab), -np.inf, np.float32)
         self._spread[:, self._forgotten] = -np.inf
         self._forgotten = self._forgotten[:0]
-        self._spread[:rows, self._ids] = self.logits[:rows]
-        self._spread[:rows, self._reached] = self._score_reached(rows)
+        self._spread[:rows, self._scored] = written["logits"][:rows]
         return Decoded(self._spread[:rows])
 
-    def log_probs(self, logits: Logits, hidden: Logits, following: NDArray[np.int64]) -> Logits:
-        """Log-probabilities [rows] of one token after each row, of what the graph wrote elsewhere.
+    def log_probs(self, written: Written, following: NDArray[np.int64]) -> Logits:
+        """Log-probabilities [rows] of one token after each row.
 
         A token beyond the head is scored by the source's row, and counts in its own row only; nothing is reached by it.
         """
-        columns = np.minimum(np.searchsorted(self._ids, following), len(self._ids) - 1)
-        sums, told = log_sum_exp(logits), logits[np.arange(len(logits)), columns]
+        n_rows, n_head = len(following), len(self._ids)
+        logits, hidden = written["logits"][:n_rows, :n_head], written["hidden"][:n_rows]
+        columns = np.minimum(np.searchsorted(self._ids, following), n_head - 1)
+        sums, told = log_sum_exp(logits), logits[np.arange(n_rows), columns]
         beyond = np.flatnonzero(self._ids[columns] != following)
         if len(beyond):
             tokens, places = np.unique(following[beyond], return_inverse=True)
@@ -84,25 +110,11 @@ class TrimmedHead:
             sums[beyond] = np.logaddexp(sums[beyond], told[beyond])
         return told - sums
 
-    def _top_k(self, rows: int) -> TopK:
-        scores = self.logits[:rows]
-        if len(self._reached):
-            scores = np.concatenate([scores, self._score_reached(rows)], axis=1)
-        top = top_k(scores)
-        return TopK(self._scored[top.ids], top.logits, top.log_sum)
-
-    def _score_reached(self, rows: int) -> Logits:
-        """Logits [rows, reached tokens]."""
-        # Not by BLAS: its threads spin for a while after each call, and take the cores from the model's next pass.
-        return self._capped(np.einsum("rh,kh->rk", self.hidden[:rows], self._rows))
-
     def _capped(self, scores: Logits) -> Logits:
         return self._softcap * np.tanh(scores / self._softcap) if self._softcap else scores
 
     def _forget(self) -> None:
-        self._known[:] = False
-        self._known[self._ids] = True
-        self._forgotten = np.concatenate([self._forgotten, self._reached])
-        self._reached = np.empty(0, np.int64)
+        self._known = bytearray(np.bincount(self._ids, minlength=self._n_vocab).astype(bool))
+        self._forgotten = np.concatenate([self._forgotten, self._scored[len(self._ids) :]])
         self._scored = self._ids
-        self._rows = np.empty((0, self.hidden.shape[1]), np.float32)
+        self._rows = np.empty((self._hidden, 0), np.float32)

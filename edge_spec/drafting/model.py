@@ -180,5 +180,8 @@ class ModelDrafter(Drafter):
 
 def known_part(top: TopK, row: int, request: Request) -> Row:
     """What the target knows of a row: the draft's padding may be longer."""
-    known = top.ids[row] < request.n_vocab
-    return top.ids[row, known], top.logits[row, known], top.log_sum[row]
+    ids = top.ids[row]
+    if ids.max(initial=0) < request.n_vocab:
+        return ids, top.logits[row], top.log_sum[row]
+    known = ids < request.n_vocab
+    return ids[known], top.logits[row, known], top.log_sum[row]

@@ -35,7 +35,7 @@ from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
 from edge_spec.store.pull import exclusive
 
-EXPORTER_VERSION = 4
+EXPORTER_VERSION = 5
 """Raised whenever the same source and recipe would give other files, so that no old export is reused."""
 
 MODEL, WEIGHTS, SOURCE = "model.onnx", "weights.bin", "source.gguf"

@@ -8,10 +8,14 @@ Inputs (S new tokens, R rows, C cached positions):
   cos, sin              float32 [C, rope_dim/2]     rotary tables, and cos.local, sin.local where windowed layers
                                                     have others
   past_key.L, past_value.L   float32 [1, n_kv_head, C, head_dim]
+  reached               float32 [hidden, A]         rows of the whole head, turned, of tokens that a trimmed one lacks
 Outputs:
-  logits                float32 [1, R, rows of the head]
-  hidden                float32 [1, R, hidden]      what the head is applied to; only where the head is trimmed
+  logits                float32 [1, R, V]           V: rows of the head
   key.L, value.L        as past_*; bound to the same memory, so that the cache is written in place
+and where the head is trimmed (then V: its rows and behind them the A reached ones)
+  top_logits, top_places   float32, int64 [1, R, K] the largest logits of a row, falling, and where in V they are
+  log_sum               float32 [1, R, 1]           the logarithm of the sum of exp over V
+  hidden                float32 [1, R, hidden]      what the head is applied to
 
 The last layer works on the R rows alone once its attention is done: nothing later needs the others.
 """
@@ -26,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.export.architecture import DecoderConfig
+from edge_spec.types import TOP_K
 
 if TYPE_CHECKING:
     import onnx
@@ -82,6 +87,7 @@ class _Builder:
         self.initializers: list[onnx.TensorProto] = []
         self.head_rows = sum(part.n_rows for part in weights.matrices[HEAD])
         self.trimmed = self.head_rows < config.n_vocab
+        self.top_k = min(TOP_K, self.head_rows)
 
     def build(self) -> onnx.ModelProto:
         onnx, config = self.onnx, self.config
@@ -104,6 +110,7 @@ class _Builder:
         normed, _ = self.norm("output_norm", residual, branch)
         self.logits(normed)
         if self.trimmed:
+            self.top()
             self.op("Identity", [normed], "hidden")
         graph = onnx.helper.make_graph(
             self.nodes, config.architecture, self.inputs(), self.outputs(), initializer=self.initializers
@@ -167,13 +174,26 @@ class _Builder:
         return self.op("Mul", [gate, sigmoid], block + "ffn_silu")
 
     def logits(self, normed: str) -> str:
-        """The head, and the bound on its logits if there is one."""
+        """The head, the rows that are reached beside a trimmed one, and the bound on logits if there is one."""
         cap = self.config.logit_softcap
+        unbounded = "unbounded" if cap else "logits"
+        if self.trimmed:
+            reached = self.op("MatMul", [normed, "reached"], "logits.reached")
+            self.op("Concat", [self.project(HEAD, normed), reached], unbounded, axis=-1)
+        else:
+            self.project(HEAD, normed, output=unbounded)
         if not cap:
-            return self.project(HEAD, normed, output="logits")
-        unbounded = self.project(HEAD, normed, output="unbounded")
+            return unbounded
         bounded = self.op("Tanh", [self.scale(unbounded, 1 / cap, "logits.in_caps")], "logits.bounded")
         return self.scale(bounded, cap, "logits")
+
+    def top(self) -> None:
+        """Of each row of logits what drafting needs, while they are in the processor's caches."""
+        self.op("TopK", ["logits", self.constant("top_k", [self.top_k])], "top_logits", ["top_places"])
+        best = self.op("Gather", ["top_logits", self.constant("top_k.first", [0])], "top_logits.first", axis=-1)
+        shares = self.op("Exp", [self.op("Sub", ["logits", best], "logits.below_best")], "logits.shares")
+        total = self.op("ReduceSum", [shares, self.constant("logits.axes", [-1])], "logits.share_sum")
+        self.op("Add", [self.op("Log", [total], "log_sum.above_best"), best], "log_sum")
 
     def scale(self, x: str, factor: float, output: str) -> str:
         """x times a number."""
@@ -270,13 +290,16 @@ class _Builder:
             value("total_sequence_length", i32, []),
             *(value(name, f32, table) for name in config.rope_names),
             *self.caches("past_key", "past_value"),
+            *([value("reached", f32, [config.hidden, "reached"])] if self.trimmed else []),
         ]
 
     def outputs(self) -> list[onnx.ValueInfoProto]:
-        f32 = self.onnx.TensorProto.FLOAT
-        logits = self.value("logits", f32, [1, "rows", self.head_rows])
-        hidden = [self.value("hidden", f32, [1, "rows", self.config.hidden])] if self.trimmed else []
-        return [logits, *hidden, *self.caches("key", "value")]
+        f32, i64 = self.onnx.TensorProto.FLOAT, self.onnx.TensorProto.INT64
+        found: list[tuple[str, int, int | str]] = [("logits", f32, "scored" if self.trimmed else self.head_rows)]
+        if self.trimmed:
+            found += [("top_logits", f32, self.top_k), ("top_places", i64, self.top_k), ("log_sum", f32, 1)]
+            found.append(("hidden", f32, self.config.hidden))
+        return [*(self.value(name, kind, [1, "rows", n]) for name, kind, n in found), *self.caches("key", "value")]
 
     def caches(self, *names: str) -> list[onnx.ValueInfoProto]:
         shape: list[int | str] = [1, self.config.n_kv_head, "n_ctx", self.config.head_dim]

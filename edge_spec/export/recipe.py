@@ -91,7 +91,7 @@ RECIPES = {
         Recipe("int8", bits=8, block=32),
         Recipe("exact", bits=8, block=32, exact=True),
         # What its token costs and how often it is right, by block and by head: docs/performance.md.
-        Recipe("draft", bits=4, block=256, zero_points=True, head_rows=16384),
+        Recipe("draft", bits=4, block=256, zero_points=True, head_rows=12288),
         # Closer to its source, for a quarter more bytes and time. What has 8 bits won most a byte in Qwen2.5-Coder
         # 1.5B: see docs/quality.md.
         Recipe(
