@@ -29,17 +29,20 @@ from edge_spec.backends._parked_here import ParkedHere
 from edge_spec.backends._quantized_graph import quantized_graph
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.base import Parked
+from edge_spec.backends.embedding_table import EmbeddingTable
 from edge_spec.backends.kv_scales import KvScales
 from edge_spec.backends.top_k import log_sum_exp, top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
-from edge_spec.errors import ModelFormatError
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
-EMBEDDING = "token_embd.weight"
 SCORED_BYTES = 8 << 20
 """Logits that a scored pass may hold."""
+
+
+_NOTHING = (0, 0, 0)
+"""For `_bound`: tokens, rows and padding of the pass that rows are bound for."""
 
 
 class OnnxModel(PaddedModel):
@@ -86,9 +89,8 @@ class OnnxModel(PaddedModel):
         super().__init__(spec)
         self.config = config
         self._parked: ParkedHere[ParkedArrays] = ParkedHere()
-        self._embeddings = GGUFFile(export.source_file)
-        if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
-            raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
+        self._source = GGUFFile(export.source_file)
+        self._embeddings = EmbeddingTable(export, self._source)
         with translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
                 str(export.model_file) if kv_scales is None else quantized_graph(export),
@@ -97,11 +99,14 @@ class OnnxModel(PaddedModel):
                 enable_fallback=0,  # it would print to standard output and try the same again
             )
             self._binding: Any = self._session.io_binding()
-            self._head = TrimmedHead.of(export, max_rows, self._embeddings)
+            self._head = TrimmedHead.of(export, max_rows, self._source)
             self._logits = np.empty((max_rows if self._head is None else 0, config.n_vocab), np.float32)
             self._written: dict[str, NDArray[Any]] = {}
-            self._bound_rows = 0
+            self._bound = _NOTHING
             self._held: dict[str, Any] = {}  # arrays that the binding points into, which it does not keep alive
+            self._last, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
+            self._bind("seqlens_k", self._last)
+            self._bind("total_sequence_length", self._total)
             self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx), kv_scales)
             if kv_scales is not None:
                 self._bind_scales(kv_scales)
@@ -115,10 +120,11 @@ class OnnxModel(PaddedModel):
         self._require_open()
         n = len(tokens)
         check_decoded(self._spec, n, rows, self._length)
-        wanted = self._wanted(n, rows)
-        if len(wanted) != self._bound_rows:
-            self._bind_rows(len(wanted), self._logits[: len(wanted)])
-        self._run(tokens, wanted)
+        if self._bound != (n, rows, self._padding):
+            wanted = self._wanted(n, rows)
+            self._bind_rows(wanted, self._logits[: len(wanted)])
+            self._bound = (n, rows, self._padding)
+        self._run(tokens)
         if self._head is not None:
             return self._head.read(self._written, rows, want)
         logits = self._logits[:rows]
@@ -137,22 +143,19 @@ class OnnxModel(PaddedModel):
         check_decoded(self._spec, n, 1, self._length)
         wanted = self._wanted(n, n)
         logits = np.empty((0 if self._head else len(wanted), self._logits.shape[1]), np.float32)
-        self._bind_rows(len(wanted), logits)
-        self._bound_rows = 0  # the next pass writes where it wrote before
-        self._run(tokens, wanted)
+        self._bind_rows(wanted, logits)
+        self._run(tokens)
         asked = np.asarray(following, np.int64)
         if self._head is not None:
             return self._head.log_probs(self._written, asked)
         return np.asarray(logits[np.arange(n), asked] - log_sum_exp(logits[:n]), np.float32)
 
-    def _run(self, tokens: Sequence[int], wanted: NDArray[np.int64]) -> None:
-        """One pass over `tokens`, whose `wanted` rows go where they were bound to."""
+    def _run(self, tokens: Sequence[int]) -> None:
+        """One pass over `tokens`, of which rows are asked and written as they were bound."""
         ids = self._padded(tokens)
         total = self._length + len(ids)
-        self._feed("embeddings", self._embeddings.dequantize(EMBEDDING, ids)[None])
-        self._feed("rows", wanted)
-        self._feed("seqlens_k", np.array([total - 1], np.int32))
-        self._feed("total_sequence_length", np.array(total, np.int32))
+        self._feed("embeddings", self._embeddings.rows(ids)[None])
+        self._last[0], self._total[...] = total - 1, total
         with translated(f"decoding {len(tokens)} tokens"):
             self._session.run_with_iobinding(self._binding)
         self._length += len(tokens)
@@ -213,13 +216,13 @@ class OnnxModel(PaddedModel):
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
         if self._head is not None and self._head.reach(tokens):
             self._bind("reached", self._head.reached)
-            self._bound_rows = 0  # rows are longer now
+            self._bound = _NOTHING  # rows are longer now
 
     def close(self) -> None:
         """Give the session, the cache and the buffers back."""
         self._is_open = False
         self._parked.free()
-        self._embeddings.close()
+        self._source.close()
         # The binding points into what is held, and goes first.
         self._binding = self._session = self._head = None
         self._cache = None
@@ -241,12 +244,13 @@ class OnnxModel(PaddedModel):
             for kind, rows in zip(("key", "value"), scales, strict=True):
                 self._bind(f"{kind}_scale.{layer}", rows[layer])
 
-    def _bind_rows(self, n_rows: int, logits: Logits) -> None:
-        """Bind what the head writes of `n_rows` rows: `logits` if it is whole."""
-        self._written = {"logits": logits} if self._head is None else self._head.buffers(n_rows)
+    def _bind_rows(self, wanted: NDArray[np.int64], logits: Logits) -> None:
+        """Ask for rows, and bind what the head writes of them: `logits` if it is whole."""
+        self._bound = _NOTHING
+        self._bind("rows", wanted)
+        self._written = {"logits": logits} if self._head is None else self._head.buffers(len(wanted))
         for name, array in self._written.items():
             self._bind_output(name, (1, *array.shape), array)
-        self._bound_rows = n_rows
 
     def _feed(self, name: str, array: NDArray[Any]) -> None:
         """Give a pass its input: into the array that is bound already where that has the same shape."""

@@ -30,14 +30,13 @@ from edge_spec.backends._padded_model import PaddedModel
 from edge_spec.backends._paged_cache import KV_TYPES, PagedCache, token_bytes
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.base import Parked
-from edge_spec.backends.onnx import EMBEDDING
+from edge_spec.backends.embedding_table import EmbeddingTable
 from edge_spec.backends.top_k import top_k
 from edge_spec.backends.trimmed_head import TrimmedHead
 from edge_spec.errors import (
     BackendError,
     BackendMemoryError,
     BackendUnavailableError,
-    ModelFormatError,
     UsageError,
 )
 from edge_spec.export import Export
@@ -95,9 +94,8 @@ class OpenVinoModel(PaddedModel):
         )
         super().__init__(spec)
         self._config = config
-        self._embeddings = GGUFFile(export.source_file)
-        if self._embeddings.tensors[EMBEDDING].shape != (config.n_vocab, config.hidden):
-            raise ModelFormatError(f"{export.source_file}: the embedding table does not fit the graph")
+        self._source = GGUFFile(export.source_file)
+        self._embeddings = EmbeddingTable(export, self._source)
         weights = read_weights(export)
         blocks = sorted({part.block for parts in weights.matrices.values() for part in parts})
         self._weights: Any = map_weights(export)
@@ -114,7 +112,7 @@ class OpenVinoModel(PaddedModel):
             cache = PagedCache(config, n_ctx, _capacity(n_ctx), kv, park_bytes)
             self._cache: Any = cache
             self._parked = cache.parked
-            self._head = TrimmedHead.of(export, max_rows, self._embeddings)
+            self._head = TrimmedHead.of(export, max_rows, self._source)
             model = build_model(config, weights, np.frombuffer(self._weights, np.uint8))
             self._compiled: Any = _core().compile_model(model, "CPU", settings)
             self.notes = _group_notes(name, blocks, int(self._compiled.get_property(_GROUP)))
@@ -140,7 +138,7 @@ class OpenVinoModel(PaddedModel):
         total = start + len(ids)
         with _translated(self._ov, f"a cache of {total} tokens"):
             blocks = self._cache.use(start, total)
-        self._set("embeddings", self._embeddings.dequantize(EMBEDDING, ids))
+        self._set("embeddings", self._embeddings.rows(ids))
         self._set("rows", self._wanted(n, rows))
         for name, table in self._rotary.items():
             self._set(name, table[start:total])
@@ -215,7 +213,7 @@ class OpenVinoModel(PaddedModel):
         """Give the compiled model, the cache and the buffers back."""
         self._is_open = False
         self._parked.free()
-        self._embeddings.close()
+        self._source.close()
         # The request points into what is held, and the model into the mapped weights: they go first.
         self._request = self._compiled = None
         self._weights = self._head = None

@@ -18,7 +18,7 @@ Written: TypeAlias = Mapping[str, NDArray[Any]]
 
 _MAX_REACHED = 1024
 """Tokens that can be reached beside the head's; past that the ones of earlier texts are forgotten. A long prompt has a
-few hundred that the head lacks, and a thousand cost 0.2 ms a token."""
+few hundred that the head lacks, which cost a token nothing; one more to a thousand copies them, in 1.6 ms."""
 
 
 class TrimmedHead:
@@ -33,6 +33,7 @@ class TrimmedHead:
         self._max_rows = max_rows
         self._spread: Logits | None = None
         self._scored, self._forgotten = ids, np.empty(0, np.int64)
+        self._rows = np.empty((self._hidden, 0), np.float32)
         self._forget()
 
     @classmethod

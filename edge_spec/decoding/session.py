@@ -50,6 +50,8 @@ class Session:
         self._asked = 0
         self._parking = Parking(model, parked_bytes, exact=exact)
         self._may_resume = True
+        self.num_read = 0
+        """Tokens that the model was given so far."""
         self.num_refused_rollbacks = 0
         """Times that the backend could not shorten its cache, so that a whole context had to be read again."""
 
@@ -347,6 +349,7 @@ class Session:
         cached, self._cached = self._cached, None
         assert cached is not None
         decoded = self._model.decode(tokens, rows=rows, want=want)
+        self.num_read += len(tokens)
         cached += tokens
         self._cached = cached
         self._parking.fit()  # a block that was shared may have been copied for it

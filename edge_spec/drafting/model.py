@@ -161,7 +161,7 @@ class ModelDrafter(Drafter):
 
     def _pass(self, tokens: list[int], rows: int, request: Request) -> TopK:
         """The likeliest tokens after each of the last `rows` of `tokens`, by a pass of the model."""
-        started, unread = perf_counter(), self.count_unread(tokens)
+        started, read_before = perf_counter(), self._session.num_read
         decoded = self._session.decode(
             tokens,
             rows=rows,
@@ -169,7 +169,7 @@ class ModelDrafter(Drafter):
             holes=self._holes,
             on_progress=lambda _done, _total: not request.cancelled(),
         )
-        self.passes.append((unread, perf_counter() - started))
+        self.passes.append((self._session.num_read - read_before, perf_counter() - started))
         assert decoded.top is not None, "it was wanted"
         return decoded.top
 

@@ -68,11 +68,11 @@ class _Model:
         return self.part("session", n_bytes, source=Source.MEASURED)
 
     def embedding(self) -> Component:
-        """The table stays in the mapped GGUF; a pass dequantises the rows of its tokens."""
+        """The table stays in the mapped GGUF; a pass dequantises the rows of its tokens, and some are kept."""
         table, batch = self.facts.embedding, self.settings.batch + MAX_ALIGNMENT
         return self.part(
             "embedding",
-            3 * batch * self.facts.hidden * 4,
+            (3 * batch + runtime.KEPT_EMBEDDINGS) * self.facts.hidden * 4,
             mapped_bytes=table.n_bytes,
             touched_bytes=table.row_bytes,
             filled_later=True,

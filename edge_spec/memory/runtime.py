@@ -41,6 +41,9 @@ HISTORY = 24 * MIB
 REACHED_ROWS = 1024
 """Most rows of a trimmed head that are kept beside it (`backends.trimmed_head`)."""
 
+KEPT_EMBEDDINGS = 512
+"""Rows of the embedding table that stay decoded (`backends.embedding_table`)."""
+
 RESERVED = {"onnx": 8 * MIB, "openvino": 94 * MIB, "llama": 4 * MIB}
 RESERVED_PER_PROCESSOR = 40 * MIB
 RESERVED_PER_THREAD = 8 * MIB
