@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from edge_spec.backends import trimmed_head
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.decoding import Session, SpeculativeDecoder
 from edge_spec.drafting import ModelDrafter
-from edge_spec.errors import ModelFormatError
+from edge_spec.errors import BackendError, ModelFormatError
 from edge_spec.export import Export, Recipe, export_model, open_export
 from edge_spec.export.trim import head_ids
 from edge_spec.formats.gguf import GGUFFile
@@ -165,3 +166,14 @@ def test_a_token_beyond_the_head_is_scored_by_the_sources_row(models: tuple[Onnx
     logits = trimmed.decode([5]).logits[0].astype(np.float64)
     kept = logits[np.isfinite(logits)]
     assert told == pytest.approx(logits[beyond] - np.log(np.exp(kept).sum()), abs=1e-3)
+
+
+def test_logits_that_are_not_numbers_are_an_error(exports: tuple[Export, Export], tmp_path: Path) -> None:
+    damaged = shutil.copytree(exports[1].path, tmp_path / "damaged")
+    weights = np.fromfile(damaged / "weights.bin", np.float32)
+    weights[-8:] = np.nan  # the last scales of the head
+    weights.tofile(damaged / "weights.bin")
+    model = OnnxModel(open_export(damaged), name="tiny", n_ctx=64, threads=1)
+    with pytest.raises(BackendError, match="not numbers"):
+        model.decode(TOKENS, want=Output.TOP_K)
+    model.close()
