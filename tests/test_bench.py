@@ -283,6 +283,14 @@ def test_the_table_tells_each_task_the_mean_and_the_worst(engine: FakeEngine, pr
     assert engine.closed
 
 
+def test_drafts_need_not_be_padded_either(engine: FakeEngine, prompts: str) -> None:
+    transcript = run("bench", "--workload", prompts, "--no-pad")
+    assert transcript.code == 0
+    assert engine.loaded_with is not None
+    assert engine.loaded_with["pad_rows"] is False
+    assert "not padded either" in transcript.err
+
+
 def test_json_is_one_object_with_the_figures(engine: FakeEngine, prompts: str) -> None:
     transcript = run("bench", "--workload", prompts, "--json")
     assert transcript.out.count("\n") == 1

@@ -17,6 +17,7 @@ from edge_spec.cli.status import remark, remark_notes, setup
 from edge_spec.errors import UsageError
 
 _PAIRS = 10
+_UNPADDED = "passes with drafts were not padded either: their text may differ from other drafters' in a near tie"
 
 if TYPE_CHECKING:
     from edge_spec.benchmark import Pair, Prompt
@@ -51,6 +52,7 @@ def bench(
     ram: options.RamOption = None,
     drafter: options.DrafterOption = DrafterName.AUTO,
     draft_tokens: options.DraftTokensOption = None,
+    no_pad: options.NoPadOption = False,
 ) -> None:
     """Answer the same prompts with and without drafts, in turn, and compare the speed."""
     from edge_spec.benchmark import choose, read_workload, sample_workload, summarise, worst_prompts
@@ -83,12 +85,12 @@ def bench(
         threads=threads,
         ctx=ctx,
         ram=ram,
-        no_pad=False,
+        no_pad=no_pad,
     )
     pairs: list[Pair] = []
     repeated: list[Pair] = []
     with engine:
-        notes = list(engine.info.notes)
+        notes = [*engine.info.notes, *([_UNPADDED] if no_pad else [])]
         interrupted = _measure(engine, prompts, pairs, notes, max_tokens=max_tokens, drafter=drafter.value)
         if worst is not None and not interrupted:
             again, times = worst_prompts(pairs, worst), repeats or _PAIRS
