@@ -13,8 +13,9 @@ from edge_spec.backends.alignment import find_alignment
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.backends.openvino import OpenVinoModel, _group_notes
 from edge_spec.errors import BackendError, UsageError
-from edge_spec.export import RECIPES, Export, Recipe, export_model
+from edge_spec.export import RECIPES, Export, Recipe, export_model, open_export
 from edge_spec.export.stored import read_weights
+from edge_spec.types import TOP_K, Output
 from tests.contract import CausalLMContract, EqualRowsContract, MakeModel, ShallowContract
 from tests.reference_decoder import reference_logits
 from tests.test_backend_openvino import EXPRESSED
@@ -207,10 +208,32 @@ def test_a_trimmed_head_gives_its_own_tokens_and_those_it_is_asked_for(tmp_path:
     trimmed.reach([reached])
     trimmed.rollback(0)
     again = trimmed.decode(tokens, rows=3).logits
-    assert np.isfinite(again[:, reached]).all()
+    peer = OnnxModel(open_export(tmp_path / "trimmed"), name="tiny", n_ctx=64, threads=1)
+    peer.reach([reached])
+    np.testing.assert_allclose(again[:, reached], peer.decode(tokens, rows=3).logits[:, reached], atol=0.05)
+    peer.close()
     assert np.isfinite(again).sum() == 3 * (kept.sum() + 1)
+    again = again.copy()
+    trimmed.rollback(0)
+    top = trimmed.decode(tokens, rows=3, want=Output.TOP_K).top
+    assert top is not None
+    np.testing.assert_array_equal(top.ids, np.argsort(-again, axis=1, kind="stable")[:, :TOP_K])
+    np.testing.assert_allclose(top.log_sum, np.log(np.exp(again.astype(np.float64)).sum(axis=1)), rtol=1e-5)
     whole.close()
     trimmed.close()
+
+
+def test_a_trimmed_head_whose_logits_are_not_numbers_is_an_error(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512, tensor_type="F16")
+    export = export_model(path, TRIMMED, tmp_path / "trimmed", sha256="0" * 64)
+    weights = np.fromfile(export.weights_file, np.uint8)
+    head = read_weights(export).matrices["output"][-1]
+    weights[head.scales.offset :][:4].view(np.float32)[:] = np.nan
+    weights.tofile(export.weights_file)
+    model = OpenVinoModel(export, name="tiny", n_ctx=64, threads=1)
+    with pytest.raises(BackendError, match="not numbers"):
+        model.decode([1, 40, 7], want=Output.TOP_K)
+    model.close()
 
 
 def test_a_cache_whose_rotation_depends_on_the_window_is_turned_where_that_changes(tmp_path: Path) -> None:

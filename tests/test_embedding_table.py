@@ -46,13 +46,22 @@ def test_what_a_caller_does_to_its_rows_does_not_come_back(export: Export, sourc
     assert np.array_equal(table.rows(ids), expected)
 
 
-def test_more_tokens_than_are_kept_are_all_right(
+def test_what_a_text_used_lately_is_not_decoded_again(
     export: Export, source: GGUFFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding_table, "_KEPT", 4)
+    monkeypatch.setattr(embedding_table, "KEPT", 4)
     table, expected = EmbeddingTable(export, source), source.dequantize("token_embd.weight")
-    for token in [*range(10), *range(10)]:
-        assert np.array_equal(table.rows(np.array([token]))[0], expected[token])
+    decoded: list[int] = []
+    original = source.dequantize
+
+    def counted(name: str, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> object:
+        decoded.extend(rows.tolist())
+        return original(name, rows)
+
+    monkeypatch.setattr(source, "dequantize", counted)
+    for ids in ([1, 2, 3], [4, 1], [5, 6, 1], [2], [1]):
+        assert np.array_equal(table.rows(np.array(ids)), expected[ids])
+    assert decoded == [1, 2, 3, 4, 5, 6, 2]
 
 
 def test_a_table_of_another_model_is_refused(export: Export, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_only_what_is_new_is_read() -> None:
     session.decode([1, 2, 3])
     session.decode([1, 2, 3, 4, 5])
     assert [call.tokens for call in model.calls] == [(1, 2, 3), (4, 5)]
+    assert session.num_read == 5
     assert model.rollbacks == [0]  # the first use makes sure of an empty cache
 
 
@@ -54,6 +55,7 @@ def test_the_last_rows_are_always_read_again() -> None:
     session.decode([1, 2, 3, 4], rows=1)
     session.decode([1, 2, 3, 4], rows=3)
     assert [(call.start, call.tokens) for call in model.calls[1:]] == [(3, (4,)), (1, (2, 3, 4))]
+    assert session.num_read == 4 + 1 + 3
 
 
 def test_logits_are_asked_for_in_the_last_chunk_only() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_spec.backends import trimmed_head
+from edge_spec.backends import embedding_table, trimmed_head
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.decoding import Session, SpeculativeDecoder
 from edge_spec.drafting import ModelDrafter
@@ -17,6 +17,7 @@ from edge_spec.errors import BackendError, ModelFormatError
 from edge_spec.export import Export, Recipe, export_model, open_export
 from edge_spec.export.trim import head_ids
 from edge_spec.formats.gguf import GGUFFile
+from edge_spec.memory import runtime
 from edge_spec.types import TOP_K, Output
 from tests.tiny_models import write_tiny_gguf
 
@@ -104,7 +105,7 @@ def test_the_top_k_are_those_of_what_can_be_reached(
 def test_past_the_limit_earlier_tokens_are_forgotten(
     models: tuple[OnnxModel, OnnxModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trimmed_head, "_MAX_REACHED", 4)
+    monkeypatch.setattr(trimmed_head, "MAX_REACHED", 4)
     _, trimmed = models
     trimmed.reach([500, 501, 502])
     trimmed.decode(TOKENS)
@@ -112,6 +113,52 @@ def test_past_the_limit_earlier_tokens_are_forgotten(
     logits = trimmed.decode(TOKENS).logits[0]
     assert np.isfinite(logits[[510, 511]]).all()
     assert (logits[[500, 501, 502]] == -np.inf).all()
+    top = trimmed.decode(TOKENS, want=Output.TOP_K).top
+    assert top is not None
+    assert not np.isin(top.ids, [500, 501, 502]).any()
+
+
+def test_tokens_reached_one_by_one_score_as_those_reached_at_once(exports: tuple[Export, Export]) -> None:
+    one, all_ = (OnnxModel(exports[1], name="tiny", n_ctx=64, threads=1) for _ in range(2))
+    for token in range(400, 600):  # past the room that there is at first, more than once
+        one.reach([token])
+        if token % 40 == 0:
+            one.decode(TOKENS, want=Output.TOP_K)
+            one.rollback(0)
+    all_.reach(range(400, 600))
+    found, expected = (model.decode(TOKENS, rows=2).logits for model in (one, all_))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.isfinite(found[:, 400:600]).all()
+    one.close()
+    all_.close()
+
+
+@pytest.mark.parametrize("between", ["score", "align", "reach"])
+def test_a_pass_is_the_same_after_what_changes_where_rows_go(models: tuple[OnnxModel, OnnxModel], between: str) -> None:
+    for model in models:
+        for want in Output:
+            model.rollback(0)
+            model.reach([600])
+            before = model.decode(TOKENS, rows=3, want=want)
+            expected = (before.logits if before.top is None else before.top.logits).copy()
+            model.rollback(0)
+            if between == "score":
+                model.score(TOKENS[:3], TOKENS[1:4])
+            elif between == "align":
+                model.align_rows(2)
+                model.decode(TOKENS[:1], rows=1, want=want)
+                model.align_rows(None)
+            else:
+                model.reach([3])  # the head has it
+            model.rollback(0)
+            after = model.decode(TOKENS, rows=3, want=want)
+            found = after.logits if after.top is None else after.top.logits
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_the_plan_knows_how_much_is_kept() -> None:
+    assert runtime.REACHED_ROWS == trimmed_head.MAX_REACHED
+    assert runtime.KEPT_EMBEDDINGS == embedding_table.KEPT
 
 
 def test_a_trimmed_draft_changes_nothing_that_is_written(exports: tuple[Export, Export]) -> None:

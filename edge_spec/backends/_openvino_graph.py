@@ -12,7 +12,9 @@ Inputs (S new tokens, R rows, P blocks in the cache, B of them in use):
   max_context_len       int32   []                  tokens cached after this pass
   key_cache.L, value_cache.L   [P, n_kv_head, 32, head_dim], of the element type that the model is compiled for;
                         owned by the caller, written in place
-  reached               float32 [hidden, A]         only where the head is trimmed: see `export.graph`
+and where the head is trimmed: see `export.graph`
+  reached               float32 [hidden, A]
+  reached_bias          float32 [A]
 Outputs:
   logits                float32 [R, V]              V: rows of the head, and where it is trimmed the A reached ones
 and where the head is trimmed: see `export.graph`
@@ -109,12 +111,14 @@ class _Builder:
 
     def scores(self, normed: Any) -> dict[str, Any]:
         """The outputs, by their names."""
-        op, scores = self.op, self.project(HEAD, normed)
+        op, head = self.op, self.bounded(self.project(HEAD, normed))
         n_rows = sum(part.n_rows for part in self.weights.matrices[HEAD])
         if n_rows == self.config.n_vocab:
-            return {"logits": self.bounded(scores).output(0)}
-        reached = self.parameter("reached", [self.config.hidden, -1], "f32")
-        logits = self.bounded(op.concat([scores, op.matmul(normed, reached, False, False)], 1))
+            return {"logits": head.output(0)}
+        rows = self.parameter("reached", [self.config.hidden, -1], "f32")
+        bias = self.parameter("reached_bias", [-1], "f32")
+        reached = op.add(self.bounded(op.matmul(normed, rows, False, False)), bias)
+        logits = op.concat([head, reached], 1)
         k = self.indices(min(TOP_K, n_rows))
         largest, places = op.topk(logits, k, 1, "max", "value", index_element_type="i64").outputs()
         best = op.reduce_max(largest, self.indices([1]), keep_dims=True)

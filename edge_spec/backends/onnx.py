@@ -31,8 +31,8 @@ from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.base import Parked
 from edge_spec.backends.embedding_table import EmbeddingTable
 from edge_spec.backends.kv_scales import KvScales
-from edge_spec.backends.top_k import log_sum_exp, top_k
-from edge_spec.backends.trimmed_head import TrimmedHead
+from edge_spec.backends.top_k import log_sum_exp
+from edge_spec.backends.trimmed_head import TrimmedHead, told
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
@@ -90,7 +90,7 @@ class OnnxModel(PaddedModel):
         self.config = config
         self._parked: ParkedHere[ParkedArrays] = ParkedHere()
         self._source = GGUFFile(export.source_file)
-        self._embeddings = EmbeddingTable(export, self._source)
+        self._embeddings: Any = EmbeddingTable(export, self._source)
         with translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
                 str(export.model_file) if kv_scales is None else quantized_graph(export),
@@ -111,8 +111,7 @@ class OnnxModel(PaddedModel):
             if kv_scales is not None:
                 self._bind_scales(kv_scales)
             self._bind_cache()
-            if self._head is not None:
-                self._bind("reached", self._head.reached)
+            self._bind_reached()
         drop_file_pages(export.weights_file.resolve())  # the kernels have copies in an order of their own
 
     def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
@@ -120,15 +119,13 @@ class OnnxModel(PaddedModel):
         self._require_open()
         n = len(tokens)
         check_decoded(self._spec, n, rows, self._length)
-        if self._bound != (n, rows, self._padding):
+        passed = (n, rows, self._padding)
+        if self._bound != passed:
             wanted = self._wanted(n, rows)
             self._bind_rows(wanted, self._logits[: len(wanted)])
-            self._bound = (n, rows, self._padding)
+            self._bound = passed
         self._run(tokens)
-        if self._head is not None:
-            return self._head.read(self._written, rows, want)
-        logits = self._logits[:rows]
-        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
+        return told(self._head, self._written, rows, want)
 
     @property
     def scored_rows(self) -> int:
@@ -142,12 +139,13 @@ class OnnxModel(PaddedModel):
         n = len(tokens)
         check_decoded(self._spec, n, 1, self._length)
         wanted = self._wanted(n, n)
-        logits = np.empty((0 if self._head else len(wanted), self._logits.shape[1]), np.float32)
+        logits = np.empty((len(wanted) if self._head is None else 0, self._logits.shape[1]), np.float32)
         self._bind_rows(wanted, logits)
         self._run(tokens)
-        asked = np.asarray(following, np.int64)
+        asked, written = np.asarray(following, np.int64), self._written
+        self._written = {}  # the next pass writes elsewhere
         if self._head is not None:
-            return self._head.log_probs(self._written, asked)
+            return self._head.log_probs(written, asked)
         return np.asarray(logits[np.arange(n), asked] - log_sum_exp(logits[:n]), np.float32)
 
     def _run(self, tokens: Sequence[int]) -> None:
@@ -215,7 +213,7 @@ class OnnxModel(PaddedModel):
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
         if self._head is not None and self._head.reach(tokens):
-            self._bind("reached", self._head.reached)
+            self._bind_reached()
             self._bound = _NOTHING  # rows are longer now
 
     def close(self) -> None:
@@ -224,7 +222,7 @@ class OnnxModel(PaddedModel):
         self._parked.free()
         self._source.close()
         # The binding points into what is held, and goes first.
-        self._binding = self._session = self._head = None
+        self._binding = self._session = self._head = self._embeddings = None
         self._cache = None
         self._held.clear()
         self._written.clear()
@@ -251,6 +249,12 @@ class OnnxModel(PaddedModel):
         self._written = {"logits": logits} if self._head is None else self._head.buffers(len(wanted))
         for name, array in self._written.items():
             self._bind_output(name, (1, *array.shape), array)
+
+    def _bind_reached(self) -> None:
+        """Bind what a trimmed head adds to the inputs."""
+        if self._head is not None:
+            for name, array in self._head.inputs.items():
+                self._bind(name, array)
 
     def _feed(self, name: str, array: NDArray[Any]) -> None:
         """Give a pass its input: into the array that is bound already where that has the same shape."""

@@ -31,8 +31,7 @@ from edge_spec.backends._paged_cache import KV_TYPES, PagedCache, token_bytes
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.base import Parked
 from edge_spec.backends.embedding_table import EmbeddingTable
-from edge_spec.backends.top_k import top_k
-from edge_spec.backends.trimmed_head import TrimmedHead
+from edge_spec.backends.trimmed_head import TrimmedHead, told
 from edge_spec.errors import (
     BackendError,
     BackendMemoryError,
@@ -95,7 +94,7 @@ class OpenVinoModel(PaddedModel):
         super().__init__(spec)
         self._config = config
         self._source = GGUFFile(export.source_file)
-        self._embeddings = EmbeddingTable(export, self._source)
+        self._embeddings: Any = EmbeddingTable(export, self._source)
         weights = read_weights(export)
         blocks = sorted({part.block for parts in weights.matrices.values() for part in parts})
         self._weights: Any = map_weights(export)
@@ -122,8 +121,7 @@ class OpenVinoModel(PaddedModel):
             self._held: dict[str, Any] = {}  # arrays that the request's tensors point into
             self._outputs = [output.get_any_name() for output in self._compiled.outputs]
             self._bind_cache()
-            if self._head is not None:
-                self._set("reached", self._head.reached)
+            self._set_reached()
         # The first pass copies the weights into an order of the plugin's own, and is done with the file.
         self.decode([0], rows=0)
         self.rollback(0)
@@ -151,10 +149,7 @@ class OpenVinoModel(PaddedModel):
             self._request.infer(share_outputs=True)
             written = {name: self._request.get_tensor(name).data for name in self._outputs}
         self._length += n
-        if self._head is not None:
-            return self._head.read(written, rows, want)
-        logits = written["logits"][:rows]
-        return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))
+        return told(self._head, written, rows, want)
 
     def rollback(self, length: int) -> None:
         """See `CausalLM.rollback`; any length, and the memory of what is forgotten goes back to the system."""
@@ -207,7 +202,7 @@ class OpenVinoModel(PaddedModel):
     def reach(self, tokens: Iterable[int]) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
         if self._head is not None and self._head.reach(tokens):
-            self._set("reached", self._head.reached)
+            self._set_reached()
 
     def close(self) -> None:
         """Give the compiled model, the cache and the buffers back."""
@@ -216,7 +211,7 @@ class OpenVinoModel(PaddedModel):
         self._source.close()
         # The request points into what is held, and the model into the mapped weights: they go first.
         self._request = self._compiled = None
-        self._weights = self._head = None
+        self._weights = self._head = self._embeddings = None
         self._held.clear()
         self._cache = None
 
@@ -226,6 +221,12 @@ class OpenVinoModel(PaddedModel):
         self._rotary = rotary_factors(self._config, _capacity(n_ctx), n_ctx)
         for name, array in self._cache.arrays():
             self._set(name, array)
+
+    def _set_reached(self) -> None:
+        """Give the request what a trimmed head adds to its inputs."""
+        if self._head is not None:
+            for name, array in self._head.inputs.items():
+                self._set(name, array)
 
     def _set(self, name: str, array: NDArray[Any]) -> None:
         self._held[name] = array

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends.top_k import log_sum_exp, require_numbers
+from edge_spec.backends.alignment import round_up
+from edge_spec.backends.top_k import log_sum_exp, require_numbers, top_k
 from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import TOP_K, Decoded, Logits, Output, TopK
@@ -16,9 +17,11 @@ from edge_spec.types import TOP_K, Decoded, Logits, Output, TopK
 Written: TypeAlias = Mapping[str, NDArray[Any]]
 """What a graph with a trimmed head wrote, by the names of `export.graph`, each [rows, ...]."""
 
-_MAX_REACHED = 1024
+MAX_REACHED = 1024
 """Tokens that can be reached beside the head's; past that the ones of earlier texts are forgotten. A long prompt has a
-few hundred that the head lacks, which cost a token nothing; one more to a thousand copies them, in 1.6 ms."""
+few hundred that the head lacks, which cost a token nothing."""
+_STEP = 64
+"""Room for reached tokens grows by so many: a graph plans its memory anew for each width that it meets."""
 
 
 class TrimmedHead:
@@ -32,8 +35,9 @@ class TrimmedHead:
         self._n_vocab, self._hidden = export.config.n_vocab, export.config.hidden
         self._max_rows = max_rows
         self._spread: Logits | None = None
-        self._scored, self._forgotten = ids, np.empty(0, np.int64)
-        self._rows = np.empty((self._hidden, 0), np.float32)
+        self._forgotten = np.empty(0, np.int64)
+        self._rows, self._bias = np.empty((self._hidden, 0), np.float32), np.empty(0, np.float32)
+        self._scored, self._known = ids, bytearray()
         self._forget()
 
     @classmethod
@@ -43,33 +47,36 @@ class TrimmedHead:
         return None if ids is None else cls(export, ids, max_rows, source)
 
     @property
-    def reached(self) -> NDArray[np.float32]:
-        """What the graph takes under this name, [hidden, reached tokens]."""
-        return self._rows
+    def inputs(self) -> dict[str, NDArray[np.float32]]:
+        """What the graph takes by these names; a reached token changes them in place, or they are other arrays."""
+        return {"reached": self._rows, "reached_bias": self._bias}
 
     @property
     def width(self) -> int:
-        """Tokens that are scored."""
-        return len(self._scored)
+        """Scores in a row that the graph writes, those of columns that no token has yet among them."""
+        return len(self._ids) + len(self._bias)
 
     def reach(self, tokens: Iterable[int]) -> bool:
-        """Have these tokens scored too, by the source's own rows of the head; whether `reached` is another array."""
+        """Have these tokens scored too, by the source's own rows of the head; whether `inputs` are other arrays."""
         asked = set(tokens)
         new = self._unknown(asked)
         if not len(new):
             return False
-        if self.width - len(self._ids) + len(new) > _MAX_REACHED:
+        if len(self._scored) - len(self._ids) + len(new) > MAX_REACHED:
             self._forget()
-            new = self._unknown(asked)[:_MAX_REACHED]
+            new = self._unknown(asked)[:MAX_REACHED]
+        first = len(self._scored) - len(self._ids)
+        last = first + len(new)
         rows = self._source.dequantize(self._tensor, new)
+        is_longer = last > len(self._bias)
+        if is_longer:
+            self._make_room(last)
+        self._rows[:, first:last] = rows.T
+        self._bias[first:last] = 0
         self._scored = np.concatenate([self._scored, new])
-        self._rows = np.ascontiguousarray(np.concatenate([self._rows, rows.T], axis=1))
         for token in new:
             self._known[token] = True
-        return True
-
-    def _unknown(self, tokens: set[int]) -> NDArray[np.int64]:
-        return np.array(sorted(token for token in tokens if not self._known[token]), np.int64)
+        return is_longer
 
     def buffers(self, rows: int) -> dict[str, NDArray[Any]]:
         """Room for what the graph writes of so many rows."""
@@ -80,7 +87,7 @@ class TrimmedHead:
 
     def read(self, written: Written, rows: int, want: Output) -> Decoded:
         """What is wanted of the first `rows` rows that the graph wrote; of all tokens that are not reached, nothing:
-        their logits are minus infinity. BackendError where the logits are not numbers."""
+        their logits are minus infinity. BackendError where the likeliest have logits that are not numbers."""
         if want is Output.TOP_K:
             log_sum = written["log_sum"][:rows, 0]
             for total in log_sum:
@@ -91,7 +98,7 @@ class TrimmedHead:
             self._spread = np.full((self._max_rows, self._n_vocab), -np.inf, np.float32)
         self._spread[:, self._forgotten] = -np.inf
         self._forgotten = self._forgotten[:0]
-        self._spread[:rows, self._scored] = written["logits"][:rows]
+        self._spread[:rows, self._scored] = written["logits"][:rows, : len(self._scored)]
         return Decoded(self._spread[:rows])
 
     def log_probs(self, written: Written, following: NDArray[np.int64]) -> Logits:
@@ -111,11 +118,30 @@ class TrimmedHead:
             sums[beyond] = np.logaddexp(sums[beyond], told[beyond])
         return told - sums
 
+    def _unknown(self, tokens: set[int]) -> NDArray[np.int64]:
+        return np.array(sorted(token for token in tokens if not self._known[token]), np.int64)
+
     def _capped(self, scores: Logits) -> Logits:
         return self._softcap * np.tanh(scores / self._softcap) if self._softcap else scores
 
+    def _make_room(self, reached: int) -> None:
+        """Inputs for so many reached tokens, with those that there are."""
+        room = round_up(reached, _STEP)
+        rows, bias = np.zeros((self._hidden, room), np.float32), np.full(room, -np.inf, np.float32)
+        rows[:, : len(self._bias)], bias[: len(self._bias)] = self._rows, self._bias
+        self._rows, self._bias = rows, bias
+
     def _forget(self) -> None:
-        self._known = bytearray(np.bincount(self._ids, minlength=self._n_vocab).astype(bool))
-        self._forgotten = np.concatenate([self._forgotten, self._scored[len(self._ids) :]])
+        if self._spread is not None:
+            self._forgotten = np.concatenate([self._forgotten, self._scored[len(self._ids) :]])
         self._scored = self._ids
-        self._rows = np.empty((self._hidden, 0), np.float32)
+        self._known = bytearray(np.bincount(self._ids, minlength=self._n_vocab).astype(bool))
+        self._bias[:] = -np.inf
+
+
+def told(head: TrimmedHead | None, written: Written, rows: int, want: Output) -> Decoded:
+    """What is wanted of the first `rows` rows that a graph wrote; `head` is None where its head is whole."""
+    if head is not None:
+        return head.read(written, rows, want)
+    logits = written["logits"][:rows]
+    return Decoded(logits) if want is Output.LOGITS else Decoded(logits[:0], top_k(logits))

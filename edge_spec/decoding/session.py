@@ -51,7 +51,7 @@ class Session:
         self._parking = Parking(model, parked_bytes, exact=exact)
         self._may_resume = True
         self.num_read = 0
-        """Tokens that the model was given so far."""
+        """Tokens that the model was given by decoding so far."""
         self.num_refused_rollbacks = 0
         """Times that the backend could not shorten its cache, so that a whole context had to be read again."""
 

@@ -8,11 +8,13 @@ Inputs (S new tokens, R rows, C cached positions):
   cos, sin              float32 [C, rope_dim/2]     rotary tables, and cos.local, sin.local where windowed layers
                                                     have others
   past_key.L, past_value.L   float32 [1, n_kv_head, C, head_dim]
-  reached               float32 [hidden, A]         rows of the whole head, turned, of tokens that a trimmed one lacks
+and where the head is trimmed
+  reached               float32 [hidden, A]         rows of the whole head, turned, of tokens that the trimmed one lacks
+  reached_bias          float32 [A]                 added to their logits: 0, or minus infinity where there is no token
 Outputs:
   logits                float32 [1, R, V]           V: rows of the head
   key.L, value.L        as past_*; bound to the same memory, so that the cache is written in place
-and where the head is trimmed (then V: its rows and behind them the A reached ones)
+and where the head is trimmed (then V counts its rows and behind them the A reached ones)
   top_logits, top_places   float32, int64 [1, R, K] the largest logits of a row, falling, and where in V they are
   log_sum               float32 [1, R, 1]           the logarithm of the sum of exp over V
   hidden                float32 [1, R, hidden]      what the head is applied to
@@ -22,7 +24,7 @@ The last layer works on the R rows alone once its attention is done: nothing lat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -174,18 +176,21 @@ class _Builder:
         return self.op("Mul", [gate, sigmoid], block + "ffn_silu")
 
     def logits(self, normed: str) -> str:
-        """The head, the rows that are reached beside a trimmed one, and the bound on logits if there is one."""
+        """The head, and the rows that are reached beside a trimmed one."""
+        if not self.trimmed:
+            return self.bounded(lambda output: self.project(HEAD, normed, output), "logits")
+        head = self.bounded(lambda output: self.project(HEAD, normed, output), "head")
+        reached = self.bounded(lambda output: self.op("MatMul", [normed, "reached"], output), "reached.logits")
+        present = self.op("Add", [reached, "reached_bias"], "reached.present")
+        return self.op("Concat", [head, present], "logits", axis=-1)
+
+    def bounded(self, score: Callable[[str], str], output: str) -> str:
+        """Logits, which `score` computes under a name, within their bound if there is one: cap * tanh(l / cap)."""
         cap = self.config.logit_softcap
-        unbounded = "unbounded" if cap else "logits"
-        if self.trimmed:
-            reached = self.op("MatMul", [normed, "reached"], "logits.reached")
-            self.op("Concat", [self.project(HEAD, normed), reached], unbounded, axis=-1)
-        else:
-            self.project(HEAD, normed, output=unbounded)
         if not cap:
-            return unbounded
-        bounded = self.op("Tanh", [self.scale(unbounded, 1 / cap, "logits.in_caps")], "logits.bounded")
-        return self.scale(bounded, cap, "logits")
+            return score(output)
+        in_caps = self.scale(score(f"{output}.unbounded"), 1 / cap, f"{output}.in_caps")
+        return self.scale(self.op("Tanh", [in_caps], f"{output}.bounded"), cap, output)
 
     def top(self) -> None:
         """Of each row of logits what drafting needs, while they are in the processor's caches."""
@@ -290,8 +295,13 @@ class _Builder:
             value("total_sequence_length", i32, []),
             *(value(name, f32, table) for name in config.rope_names),
             *self.caches("past_key", "past_value"),
-            *([value("reached", f32, [config.hidden, "reached"])] if self.trimmed else []),
+            *(self.reached() if self.trimmed else []),
         ]
+
+    def reached(self) -> list[onnx.ValueInfoProto]:
+        f32 = self.onnx.TensorProto.FLOAT
+        shapes: dict[str, list[int | str]] = {"reached": [self.config.hidden, "reached"], "reached_bias": ["reached"]}
+        return [self.value(name, f32, shape) for name, shape in shapes.items()]
 
     def outputs(self) -> list[onnx.ValueInfoProto]:
         f32, i64 = self.onnx.TensorProto.FLOAT, self.onnx.TensorProto.INT64
