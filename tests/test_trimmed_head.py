@@ -12,13 +12,13 @@ import pytest
 from edge_spec.backends import embedding_table, trimmed_head
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.decoding import Session, SpeculativeDecoder
-from edge_spec.drafting import ModelDrafter
+from edge_spec.drafting import ModelDrafter, Request
 from edge_spec.errors import BackendError, ModelFormatError
 from edge_spec.export import Export, Recipe, export_model, open_export
 from edge_spec.export.trim import head_ids
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.memory import runtime
-from edge_spec.types import TOP_K, Output
+from edge_spec.types import TOP_K, Output, SamplingParams
 from tests.tiny_models import write_tiny_gguf
 
 N_VOCAB, HEAD_ROWS = 640, 300
@@ -116,6 +116,42 @@ def test_past_the_limit_earlier_tokens_are_forgotten(
     top = trimmed.decode(TOKENS, want=Output.TOP_K).top
     assert top is not None
     assert not np.isin(top.ids, [500, 501, 502]).any()
+
+
+def test_another_text_reaches_its_own_tokens_alone(models: tuple[OnnxModel, OnnxModel]) -> None:
+    _, trimmed = models
+    trimmed.reach(range(400, 500))
+    trimmed.decode(TOKENS)
+    for reached in ([510, 511], []):
+        trimmed.reach(reached, anew=True)
+        trimmed.rollback(0)
+        logits = trimmed.decode(TOKENS).logits[0].copy()
+        assert set(np.flatnonzero(np.isfinite(logits))) - {*range(HEAD_ROWS)} >= set(reached)
+        assert not np.isfinite(logits[400:500]).any()
+        trimmed.rollback(0)
+        top = trimmed.decode(TOKENS, want=Output.TOP_K).top
+        assert top is not None
+        assert np.array_equal(top.ids[0], np.argsort(-logits, kind="stable")[:TOP_K])
+
+
+def test_a_draft_does_not_depend_on_what_was_drafted_before(exports: tuple[Export, Export]) -> None:
+    def drafts(*earlier: list[int]) -> list[int]:
+        drafter = ModelDrafter(Session(OnnxModel(exports[1], name="draft", n_ctx=64, threads=1)))
+        for prompt in (*earlier, TOKENS):
+            sampling = SamplingParams(temperature=1.5, seed=3)
+            request = Request(
+                sampling=sampling,
+                rng=np.random.default_rng(3),
+                prompt_length=len(prompt),
+                max_length=60,
+                n_vocab=N_VOCAB,
+            )
+            drafter.start(request)
+            found = drafter.propose(prompt, 3).tokens
+        drafter.close()
+        return found
+
+    assert drafts([*range(400, 440)]) == drafts() == drafts([*range(500, 520)], [*range(600, 630)])
 
 
 def test_tokens_reached_one_by_one_score_as_those_reached_at_once(exports: tuple[Export, Export]) -> None:

@@ -83,7 +83,7 @@ def print_curve(names: Sequence[str], answers: list[Answer], options: argparse.N
     longest = max(answers, key=lambda answer: len(answer.prompt))
     context = (longest.prompt * CACHED)[:CACHED]
     for model in models:
-        model.reach(longest.prompt + longest.ids)
+        model.reach(longest.prompt + longest.ids, anew=True)
     ways = [(straightforward if i == 0 else drafting)(model, context) for i, model in enumerate(models)]
     taken = time_in_turn(ways, options.rounds)
     target = np.concatenate([answer.ids for answer in answers])

@@ -210,9 +210,10 @@ class OnnxModel(PaddedModel):
         for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
             yield keys[0, :, : self._length], values[0, :, : self._length]
 
-    def reach(self, tokens: Iterable[int]) -> None:
-        """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
-        if self._head is not None and self._head.reach(tokens):
+    def reach(self, tokens: Iterable[int], *, anew: bool = False) -> None:
+        """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity, and `anew`
+        those that were reached before are among them again."""
+        if self._head is not None and self._head.reach(tokens, anew=anew):
             self._bind_reached()
             self._bound = _NOTHING  # rows are longer now
 

@@ -199,9 +199,10 @@ class OpenVinoModel(PaddedModel):
         self._require_open()
         return self._parked.swap(self, parked)
 
-    def reach(self, tokens: Iterable[int]) -> None:
-        """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity."""
-        if self._head is not None and self._head.reach(tokens):
+    def reach(self, tokens: Iterable[int], *, anew: bool = False) -> None:
+        """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity, and `anew`
+        those that were reached before are among them again."""
+        if self._head is not None and self._head.reach(tokens, anew=anew):
             self._set_reached()
 
     def close(self) -> None:

@@ -56,12 +56,18 @@ class TrimmedHead:
         """Scores in a row that the graph writes, those of columns that no token has yet among them."""
         return len(self._ids) + len(self._bias)
 
-    def reach(self, tokens: Iterable[int]) -> bool:
-        """Have these tokens scored too, by the source's own rows of the head; whether `inputs` are other arrays."""
+    def reach(self, tokens: Iterable[int], *, anew: bool = False) -> bool:
+        """Have these tokens scored too, by the source's own rows of the head; whether `inputs` are other arrays.
+
+        `anew`: those of earlier texts no longer. They would cost time, and a draft would depend on what was before it.
+        """
+        if anew:
+            self._forget()
+            self._make_room(0)
         asked = set(tokens)
         new = self._unknown(asked)
         if not len(new):
-            return False
+            return anew
         if len(self._scored) - len(self._ids) + len(new) > MAX_REACHED:
             self._forget()
             new = self._unknown(asked)[:MAX_REACHED]
@@ -76,7 +82,7 @@ class TrimmedHead:
         self._scored = np.concatenate([self._scored, new])
         for token in new:
             self._known[token] = True
-        return is_longer
+        return is_longer or anew
 
     def buffers(self, rows: int) -> dict[str, NDArray[Any]]:
         """Room for what the graph writes of so many rows."""
@@ -128,7 +134,8 @@ class TrimmedHead:
         """Inputs for so many reached tokens, with those that there are."""
         room = round_up(reached, _STEP)
         rows, bias = np.zeros((self._hidden, room), np.float32), np.full(room, -np.inf, np.float32)
-        rows[:, : len(self._bias)], bias[: len(self._bias)] = self._rows, self._bias
+        kept = min(room, len(self._bias))
+        rows[:, :kept], bias[:kept] = self._rows[:, :kept], self._bias[:kept]
         self._rows, self._bias = rows, bias
 
     def _forget(self) -> None:

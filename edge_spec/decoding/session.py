@@ -163,11 +163,11 @@ class Session:
             self._undo(self._num_known(holes))
         return self._keep_prefix_of(sequence, len(sequence))
 
-    def reach(self, tokens: Context) -> None:
-        """Where the model's head is trimmed: give logits to these tokens too."""
+    def reach(self, tokens: Context, *, anew: bool = False) -> None:
+        """Where the model's head is trimmed: give logits to these tokens too, `anew` to no others beside the head's."""
         reach = getattr(self._model, "reach", None)
         if reach is not None:
-            reach(tokens)
+            reach(tokens, anew=anew)
 
     def resize(self, n_ctx: int) -> None:
         """Change the window to `n_ctx` tokens, which a cache gives memory back for; see `CausalLM.resize`.

@@ -105,13 +105,13 @@ class ModelDrafter(Drafter):
         assert request is not None, "start() comes first"
         assert sampler is not None
         history = self._follow(context)
-        new = context[self._num_reached :]
+        begins, new = self._num_reached == 0, context[self._num_reached :]
         self._num_reached = len(context)
         if max(new, default=0) >= session.spec.n_vocab:
             self._lost = True  # a token of the target's padding: this model cannot read on
         if self._lost or self.is_unloaded:
             return Draft([], source=self.name)
-        session.reach(new)
+        session.reach(new, anew=begins)
         room = min(max_tokens, session.spec.n_ctx - len(context) + 1)
         if self.pace is None:
             room = min(room, self._draft_tokens)

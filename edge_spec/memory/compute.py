@@ -17,9 +17,9 @@ def logits_bytes(n_vocab: int, max_rows: int) -> int:
 
 def trimmed_head_bytes(facts: ModelFacts, rows: int, max_rows: int, reached: int) -> int:
     """What scores a trimmed head's rows: logits (with and without the reached ones, below the best, and as shares),
-    hidden states, and rows of tokens that were reached, which are copied when room for more is made."""
+    hidden states, and rows of tokens that were reached."""
     per_row = (4 * (rows + reached) + facts.hidden) * 4
-    kept = rows * 8 + facts.n_vocab + reached * (2 * facts.hidden * 4 + 8)
+    kept = rows * 8 + facts.n_vocab + reached * (facts.hidden * 4 + 12)
     return round_up(max_rows, MAX_ALIGNMENT) * per_row + kept
 
 

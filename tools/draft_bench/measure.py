@@ -83,7 +83,7 @@ def guess(model: OnnxModel, answer: Answer) -> list[tuple[int, float]]:
     """The draft's likeliest token, and its probability, at each position of the target's answer.
 
     The model reads the target's tokens, never its own. What the prompt and the answer so far hold is reachable, as it
-    is to a drafter, and what earlier answers held; inside a pass of 16 rows that is what came before the pass.
+    is to a drafter; inside a pass of 16 rows that is what came before the pass.
     """
     sequence, start = answer.prompt + answer.ids, len(answer.prompt) - 1
     model.rollback(0)
@@ -91,7 +91,7 @@ def guess(model: OnnxModel, answer: Answer) -> list[tuple[int, float]]:
         model.decode(sequence[:start], rows=0)
     guesses = []
     for first in range(start, len(sequence) - 1, _ROWS):
-        model.reach(sequence[: first + 1])
+        model.reach(sequence[: first + 1], anew=first == start)
         part = sequence[first : min(first + _ROWS, len(sequence) - 1)]
         top = model.decode(part, rows=len(part), want=Output.TOP_K).top
         assert top is not None
