@@ -10,6 +10,7 @@ import numpy as np
 from draft_bench.answers import Answer
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.decoding import Session
+from edge_spec.decoding.session import PREFILL_CHUNK
 from edge_spec.drafting import ModelDrafter, Request
 from edge_spec.types import TOP_K, Output, SamplingParams
 
@@ -87,8 +88,8 @@ def guess(model: OnnxModel, answer: Answer) -> list[tuple[int, float]]:
     """
     sequence, start = answer.prompt + answer.ids, len(answer.prompt) - 1
     model.rollback(0)
-    if start:
-        model.decode(sequence[:start], rows=0)
+    for first in range(0, start, PREFILL_CHUNK):
+        model.decode(sequence[first : min(first + PREFILL_CHUNK, start)], rows=0)
     guesses = []
     for first in range(start, len(sequence) - 1, _ROWS):
         model.reach(sequence[: first + 1], anew=first == start)
