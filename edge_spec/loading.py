@@ -26,8 +26,8 @@ from edge_spec.errors import (
 )
 from edge_spec.export.exporter import Export, ensure_export, open_export
 from edge_spec.export.folder import is_export, read_description
-from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
-from edge_spec.export.source import open_source, refusal_of
+from edge_spec.export.recipe import RECIPES, Recipe, find_recipe
+from edge_spec.export.source import default_recipe_of, open_source, refusal_of
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer
@@ -188,9 +188,7 @@ class Loader:
         return self._load_export(source, export, n_ctx, aligned)
 
     def _export(self, source: Source, recipe: Recipe | None) -> Export:
-        if recipe is None:
-            with open_source(source.gguf) as gguf:
-                recipe = default_recipe(gguf)
+        recipe = recipe or default_recipe_of(source.gguf)
 
         def report(done: int, total: int) -> None:
             self._report(f"export {source.name}", done, total)

@@ -22,6 +22,7 @@ from edge_spec.export.folder import DESCRIPTION
 from edge_spec.export.quantize import dequantize_rows, quantize_rows, repack_exact
 from edge_spec.export.reading import read_config
 from edge_spec.export.recipe import PROJECTIONS
+from edge_spec.export.source import default_recipe_of
 from edge_spec.export.stored import read_weights
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.formats.gguf_subset import write_subset
@@ -147,8 +148,10 @@ def test_rows_take_the_largest_block_that_divides_them() -> None:
     ("kind", "name"), [("Q4_0", "int4"), ("Q4_K", "int4"), ("Q8_0", "int8"), ("Q6_K", "int8"), ("F16", "int8")]
 )
 def test_the_default_recipe_follows_the_source(kind: str, name: str, tmp_path: Path) -> None:
-    with GGUFFile(write_tiny_gguf(tmp_path / "tiny.gguf", tensor_type=kind)) as gguf:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", tensor_type=kind)
+    with GGUFFile(path) as gguf:
         assert default_recipe(gguf).name == name
+    assert default_recipe_of(path).name == name
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:

@@ -25,9 +25,9 @@ from edge_spec.backends._onnx_session import import_library
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.cores import check_threads
 from edge_spec.errors import EdgeSpecError, UsageError
-from edge_spec.export import default_recipe, find_recipe, open_export
+from edge_spec.export import find_recipe, open_export
 from edge_spec.export.exporter import ensure_export
-from edge_spec.export.source import open_source
+from edge_spec.export.source import default_recipe_of
 from edge_spec.loading import find_source
 from edge_spec.store import Store
 
@@ -126,11 +126,7 @@ def export_of(text: str, threads: int) -> Path:
         raise UsageError(f"{text!r} is no model: write MODEL or MODEL@RECIPE")
     store = Store()
     source = find_source(store, model)
-    if name:
-        recipe = find_recipe(name)
-    else:
-        with open_source(source.gguf) as gguf:
-            recipe = default_recipe(gguf)
+    recipe = find_recipe(name) if name else default_recipe_of(source.gguf)
     return ensure_export(source.gguf, source.sha256, recipe, store.exports_dir, threads=threads).path
 
 

@@ -208,19 +208,15 @@ def _check_vocabulary(store: Store, draft: str, target: str) -> None:
 def _choose(path: Path | None, name: str | None, bits: int | None, block: int | None) -> Recipe:
     """The recipe that was asked for; else what follows from the source at `path`, or 8 bits where there is none, as
     for every source of full weights."""
-    from edge_spec.export.recipe import RECIPES, Recipe, default_recipe, find_recipe
-    from edge_spec.export.source import open_source
+    from edge_spec.export.recipe import RECIPES, Recipe, find_recipe
+    from edge_spec.export.source import default_recipe_of
 
     own = bits is not None or block is not None
     if name is not None:
         if own:
             raise UsageError("--recipe decides bits and block: give --recipe, or --bits and --block")
         return find_recipe(name)
-    if path is None:
-        default = RECIPES["int8"]
-    else:
-        with open_source(path) as opened:
-            default = default_recipe(opened)
+    default = RECIPES["int8"] if path is None else default_recipe_of(path)
     if not own:
         return default
     default = default.throughout()

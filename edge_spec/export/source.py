@@ -7,6 +7,7 @@ from pathlib import Path
 from edge_spec.checkpoint.folder import is_checkpoint, open_checkpoint
 from edge_spec.errors import UnsupportedArchitectureError
 from edge_spec.export.reading import read_config
+from edge_spec.export.recipe import Recipe, default_recipe
 from edge_spec.formats.gguf import GGUFFile
 
 
@@ -21,6 +22,15 @@ def open_source(path: Path) -> GGUFFile:
 
         return CheckpointSource(open_checkpoint(path))
     return GGUFFile(path)
+
+
+def default_recipe_of(path: Path) -> Recipe:
+    """The recipe of a GGUF or of a checkpoint's folder where none is asked for: it follows the source.
+
+    Raises what `open_source` raises.
+    """
+    with open_source(path) as source:
+        return default_recipe(source)
 
 
 def source_bytes(path: Path) -> int:

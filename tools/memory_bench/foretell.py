@@ -7,8 +7,8 @@ from pathlib import Path
 
 from edge_spec.export.exporter import ensure_export, export_key
 from edge_spec.export.folder import is_export
-from edge_spec.export.recipe import RECIPES, Recipe, default_recipe
-from edge_spec.formats.gguf import GGUFFile
+from edge_spec.export.recipe import RECIPES, Recipe
+from edge_spec.export.source import default_recipe_of
 from edge_spec.memory import Estimate, ModelFacts, Settings, estimate, facts_of_export, facts_of_gguf, runtime
 from edge_spec.memory.estimate import band_bytes
 from edge_spec.memory.exporting import export_bytes
@@ -88,9 +88,7 @@ def _facts(
     local = store.resolve(path_of.get(name, name))
     if backend == "llama":
         return facts_of_gguf(local.path, name=name), 0
-    if recipe is None:
-        with GGUFFile(local.path) as gguf:
-            recipe = default_recipe(gguf)
+    recipe = recipe or default_recipe_of(local.path)
     stored = stored_bytes(stored_matrices(facts_of_gguf(local.path, name=name), recipe))
     folder = store.exports_dir / local.sha256 / f"{recipe.name}-{export_key(recipe)}"
     if not is_export(folder):
