@@ -16,7 +16,7 @@ from edge_spec.backends.kv_scales import KvScales
 from edge_spec.cache_file import CacheFile
 from edge_spec.chat_template import ChatTemplate
 from edge_spec.checkpoint import is_checkpoint, open_checkpoint
-from edge_spec.checkpoint.exporter import GraphExport, is_graph_export, open_graph_export
+from edge_spec.checkpoint.exporter import GraphExport, open_graph_export
 from edge_spec.errors import (
     BackendUnavailableError,
     ModelFormatError,
@@ -24,8 +24,9 @@ from edge_spec.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
-from edge_spec.export.exporter import Export, ensure_export, open_export
-from edge_spec.export.folder import is_export, read_description
+from edge_spec.export.exporter import ensure_export
+from edge_spec.export.finished import Export, open_export
+from edge_spec.export.folder import is_export, is_graph_export, read_description
 from edge_spec.export.recipe import RECIPES, Recipe, find_recipe
 from edge_spec.export.source import default_recipe_of, open_source, refusal_of
 from edge_spec.formats.gguf import GGUFFile

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.export import Export
-from edge_spec.export.exporter import WEIGHTS
+from edge_spec.export.finished import WEIGHTS
 from edge_spec.export.layout import plan_layout
 from edge_spec.export.quantize import QuantizedRows, dequantize_rows
 from edge_spec.formats.gguf import GGUFFile

@@ -17,7 +17,7 @@ import pytest
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import ModelFormatError, StorageError, UnsupportedArchitectureError, UsageError
 from edge_spec.export import RECIPES, Recipe, default_recipe, ensure_export, export_model, find_recipe, open_export
-from edge_spec.export.exporter import SOURCE, WEIGHTS
+from edge_spec.export.finished import SOURCE, WEIGHTS
 from edge_spec.export.folder import DESCRIPTION
 from edge_spec.export.quantize import dequantize_rows, quantize_rows, repack_exact
 from edge_spec.export.reading import read_config
@@ -265,7 +265,7 @@ def test_source_recipe_and_exporter_version_each_make_another_export(
 ) -> None:
     paths = {ensure_export(tiny, SHA, RECIPES[name], tmp_path).path for name in ("int4", "int8")}
     paths.add(ensure_export(tiny, "cd" * 32, RECIPES["int4"], tmp_path).path)
-    monkeypatch.setattr("edge_spec.export.exporter.EXPORTER_VERSION", 999)
+    monkeypatch.setattr("edge_spec.export.finished.EXPORTER_VERSION", 999)
     paths.add(ensure_export(tiny, SHA, RECIPES["int4"], tmp_path).path)
     assert len(paths) == 4
 
@@ -330,7 +330,7 @@ ensure_export(Path(sys.argv[1]), sys.argv[2], RECIPES["int4"], Path(sys.argv[3])
 
 
 def test_an_export_of_an_older_exporter_gives_way(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_spec.export.exporter.EXPORTER_VERSION", 0)
+    monkeypatch.setattr("edge_spec.export.finished.EXPORTER_VERSION", 0)
     old = ensure_export(tiny, SHA, RECIPES["int4"], tmp_path).path
     monkeypatch.undo()
     new = ensure_export(tiny, SHA, RECIPES["int4"], tmp_path).path

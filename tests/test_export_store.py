@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from edge_spec.errors import StorageError
 from edge_spec.export import RECIPES, ensure_export, export_model
-from edge_spec.export.exporter import SOURCE, WEIGHTS
+from edge_spec.export.finished import SOURCE, WEIGHTS
 from edge_spec.export.folder import DESCRIPTION, is_export
 from tests.tiny_models import write_tiny_gguf
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,14 @@ def test_a_type_of_cache_elements_that_does_not_exist_is_refused(tmp_path: Path)
 
 def test_the_types_of_cache_elements_are_those_that_the_engine_takes() -> None:
     assert {backend: tuple(kind.name for kind in kinds) for backend, kinds in KV_TYPES.items()} == LOADABLE
+
+
+def test_the_estimator_imports_no_exporter() -> None:
+    code = (
+        "import importlib, pkgutil, sys, edge_spec.memory as memory\n"
+        "for module in pkgutil.iter_modules(memory.__path__):\n"
+        "    importlib.import_module(f'edge_spec.memory.{module.name}')\n"
+        "heavy = {'edge_spec.export.exporter', 'edge_spec.checkpoint.exporter', 'edge_spec.loading', 'onnx'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -21,16 +21,14 @@ from edge_spec.checkpoint.graph import quantize_graph
 from edge_spec.checkpoint.metadata import tokenizer_metadata
 from edge_spec.checkpoint.optimum import run_optimum
 from edge_spec.errors import ModelFormatError, StorageError, UsageError
-from edge_spec.export.exporter import MODEL, SOURCE, WEIGHTS
 from edge_spec.export.filling import ByteProgress
-from edge_spec.export.folder import REMEDY, check_files, describe, is_export, new_folder, read_description
+from edge_spec.export.finished import MODEL, SOURCE, WEIGHTS
+from edge_spec.export.folder import GRAPH_LAYOUT, REMEDY, check_files, describe, is_export, new_folder, read_description
 from edge_spec.export.recipe import Recipe
 from edge_spec.store.pull import Note, exclusive
 
 GRAPH_VERSION = 1
 """Raised whenever the same checkpoint and recipe would give other files."""
-
-LAYOUT = "past-present"
 
 FindPython = Callable[[], Path]
 """Gives the Python that has optimum; called only where it is needed."""
@@ -79,13 +77,8 @@ class GraphExport:
 
 def graph_key(recipe: Recipe) -> str:
     """What, besides the source, decides the bytes of an export in optimum's layout, as eight hex digits."""
-    identity = json.dumps([LAYOUT, GRAPH_VERSION, recipe.to_json()], sort_keys=True)
+    identity = json.dumps([GRAPH_LAYOUT, GRAPH_VERSION, recipe.to_json()], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:8]
-
-
-def is_graph_export(described: Mapping[str, Any]) -> bool:
-    """Whether a description is of an export in optimum's layout."""
-    return described.get("layout") == LAYOUT
 
 
 def open_graph_export(path: Path) -> GraphExport:
@@ -193,7 +186,7 @@ def export_graph(
         )
         _write_metadata(folder / SOURCE, config, keys)
         described = {
-            "layout": LAYOUT,
+            "layout": GRAPH_LAYOUT,
             "exporter_version": GRAPH_VERSION,
             "source_sha256": sha256,
             "recipe": recipe.to_json(),

@@ -15,7 +15,7 @@ from edge_spec.sizes import format_size
 
 if TYPE_CHECKING:
     from edge_spec.checkpoint.exporter import GraphExport
-    from edge_spec.export.exporter import Export
+    from edge_spec.export.finished import Export
     from edge_spec.export.recipe import Recipe
     from edge_spec.store import LocalModel, Store
 

@@ -14,6 +14,9 @@ from edge_spec.errors import ModelFormatError, StorageError
 
 DESCRIPTION = "edge_spec.json"
 
+GRAPH_LAYOUT = "past-present"
+"""The layout that the description of an export of optimum's graph names; other descriptions name none."""
+
 REMEDY = "make room, or choose a folder (EDGE_SPEC_HOME) on a disk that has it and can be written"
 
 
@@ -40,6 +43,11 @@ def read_description(path: Path) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise ModelFormatError(f"{path / DESCRIPTION} is not complete: it holds no object")
     return described
+
+
+def is_graph_export(described: Mapping[str, Any]) -> bool:
+    """Whether a description is of an export in optimum's layout."""
+    return described.get("layout") == GRAPH_LAYOUT
 
 
 def check_files(path: Path, described: Mapping[str, Any], version: int) -> None:

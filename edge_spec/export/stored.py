@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.errors import ModelFormatError
-from edge_spec.export.exporter import Export
+from edge_spec.export.finished import Export
 from edge_spec.export.graph import HEAD, Span, StoredMatrix, Weights
 
 if TYPE_CHECKING:

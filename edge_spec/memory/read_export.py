@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_spec.checkpoint.exporter import is_graph_export
 from edge_spec.errors import UnsupportedArchitectureError
 from edge_spec.export.architecture import DecoderConfig, tensor_shapes
-from edge_spec.export.exporter import Export, open_export
-from edge_spec.export.folder import read_description
+from edge_spec.export.finished import Export, open_export
+from edge_spec.export.folder import is_graph_export, read_description
 from edge_spec.export.graph import StoredMatrix
 from edge_spec.export.layout import plan_layout
 from edge_spec.export.stored import read_weights

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_spec.export.exporter import ensure_export, export_key
+from edge_spec.export.exporter import ensure_export
+from edge_spec.export.finished import export_key
 from edge_spec.export.folder import is_export
 from edge_spec.export.recipe import RECIPES, Recipe
 from edge_spec.export.source import default_recipe_of
