@@ -17,7 +17,6 @@ from edge_spec.cli.status import remark, remark_notes, setup
 from edge_spec.errors import UsageError
 
 _PAIRS = 10
-_UNPADDED = "passes with drafts were not padded either: their text may differ from other drafters' in a near tie"
 
 if TYPE_CHECKING:
     from edge_spec.benchmark import Pair, Prompt
@@ -90,7 +89,7 @@ def bench(
     pairs: list[Pair] = []
     repeated: list[Pair] = []
     with engine:
-        notes = [*engine.info.notes, *([_UNPADDED] if no_pad else [])]
+        notes = list(engine.info.notes)
         interrupted = _measure(engine, prompts, pairs, notes, max_tokens=max_tokens, drafter=drafter.value)
         if worst is not None and not interrupted:
             again, times = worst_prompts(pairs, worst), repeats or _PAIRS
