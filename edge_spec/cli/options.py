@@ -148,7 +148,7 @@ NoPadOption = Annotated[
     bool,
     typer.Option(
         "--no-pad",
-        help="Unpadded passes: a little faster without a draft, but the text may differ from other drafters' in a bit.",
+        help="Unpadded passes: faster, but in a near tie the text may differ from other drafters'.",
         rich_help_panel=_SPECULATION,
     ),
 ]
