@@ -39,8 +39,6 @@ from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
 SCORED_BYTES = 8 << 20
 """Logits that a scored pass may hold."""
-
-
 _NOTHING = (0, 0, 0)
 """For `_bound`: tokens, rows and padding of the pass that rows are bound for."""
 
