@@ -16,7 +16,8 @@ from edge_spec.cache_file import CacheFile
 from edge_spec.drafting import Costs
 from edge_spec.errors import UsageError
 from edge_spec.export.recipe import Recipe
-from edge_spec.loading import BACKENDS, KV_TYPES, chosen_draft_backend, cpu_key, engine_key, installed_backends
+from edge_spec.loading import BACKENDS, KV_TYPES, chosen_draft_backend, engine_key, installed_backends
+from edge_spec.processor import cpu_key
 
 AUTO = "auto"
 """The backend that stands for a choice among the others."""

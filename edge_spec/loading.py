@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -30,6 +28,7 @@ from edge_spec.export.folder import is_export, is_graph_export, read_description
 from edge_spec.export.recipe import RECIPES, Recipe, find_recipe
 from edge_spec.export.source import default_recipe_of, open_source, refusal_of
 from edge_spec.formats.gguf import GGUFFile
+from edge_spec.processor import cpu_key
 from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer
 
@@ -329,11 +328,6 @@ def processor_key(backend: str) -> str:
     return f"{cpu_key()} | {engine_key(backend)}"
 
 
-def cpu_key() -> str:
-    """The processor, with a sum over its features."""
-    return f"{platform.machine()} {_cpu_model()}"
-
-
 def installed_backends() -> tuple[str, ...]:
     """Those of BACKENDS whose library is installed."""
     return tuple(backend for backend in BACKENDS if find_spec(_MODULES[backend]) and _has_version(backend))
@@ -349,30 +343,6 @@ def _has_version(backend: str) -> bool:
         return bool(engine_key(backend))
     except metadata.PackageNotFoundError:
         return False
-
-
-def processor_name() -> str:
-    """What the system calls its processor."""
-    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_model() -> str:
-    """The processor's name and features where the system tells them: kernels are chosen by the features."""
-    told = list(_cpu_facts().values())
-    if not told:
-        return platform.processor()
-    return f"{told[0]} {hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
-
-
-def _cpu_facts() -> dict[str, str]:
-    """Name and features of the first processor, in the order that the system tells them; empty where it does not."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0].splitlines()
-    except OSError:
-        return {}
-    wanted = ("model name", "flags", "Features", "CPU part")
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs if name.strip() in wanted}
 
 
 def _file_type(path: Path) -> str:

@@ -257,7 +257,7 @@ def prompts(tmp_path: Path) -> str:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     # Two to warm up, the first prompt plain first, the second drafted first.
-    monkeypatch.setattr("edge_spec.loading.processor_name", lambda: "a processor")
+    monkeypatch.setattr("edge_spec.processor.processor_name", lambda: "a processor")
     return FakeEngine("w", "w", *speeds(2, 1, 0.5, 2)).install(monkeypatch)
 
 

@@ -19,7 +19,7 @@ _TABLE_WIDTH = 100
 
 def print_report(report: Report, info: EngineInfo, *, as_json: bool) -> None:
     """The table and its remarks, or one JSON object."""
-    from edge_spec.loading import processor_name
+    from edge_spec.processor import processor_name
 
     if as_json:
         names = ("target", "draft", "backend", "draft_backend", "recipe", "threads")

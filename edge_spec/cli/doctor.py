@@ -98,7 +98,7 @@ def _compare(asked: LoadOptions, store: Store, roles: list[str], progress: Progr
 
 
 def _machine() -> str:
-    from edge_spec.loading import processor_name
+    from edge_spec.processor import processor_name
 
     return processor_name()
 

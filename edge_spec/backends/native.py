@@ -1,0 +1,236 @@
+"""Native backend: exports of `edge_spec.export`, on kernels of our own.
+
+The kernels (`edge_spec.kernels`) are compiled for the processor at hand and multiply weights where they are mapped, so
+that no second copy of them is held. A row's logits are the same bits in every pass, so that nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_parks, check_resized
+from edge_spec.backends._contiguous_cache import ContiguousCache, ParkedArrays
+from edge_spec.backends._onnx_session import MEMORY_REMEDY
+from edge_spec.backends._padded_model import PaddedModel
+from edge_spec.backends._parked_here import ParkedHere
+from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
+from edge_spec.backends.base import Parked
+from edge_spec.backends.embedding_table import EmbeddingTable
+from edge_spec.backends.top_k import log_sum_exp
+from edge_spec.backends.trimmed_head import MAX_REACHED, TrimmedHead, told
+from edge_spec.errors import BackendMemoryError
+from edge_spec.export import Export
+from edge_spec.export.graph import HEAD
+from edge_spec.export.stored import map_weights, read_weights
+from edge_spec.formats.gguf import GGUFFile
+from edge_spec.kernels.build import load_library
+from edge_spec.kernels.program import CHUNK, Program, check_multiplied
+from edge_spec.types import TOP_K, Decoded, Logits, ModelSpec, Output
+
+SCORED_BYTES = 8 << 20
+"""Logits that a scored pass may hold."""
+
+
+class NativeModel(PaddedModel):
+    """An export on kernels of our own; implements `backends.base.CausalLM`.
+
+    `threads` go through a pass together. The kernels are compiled into `kernels_dir` at the first use. Raises
+    BackendUnavailableError where there is no compiler, UnsupportedArchitectureError for an export that only the onnx
+    backend runs.
+    """
+
+    def __init__(
+        self, export: Export, *, name: str, n_ctx: int, threads: int, kernels_dir: Path, max_rows: int = 16
+    ) -> None:
+        config = export.config
+        check_exact(config, name, n_ctx)
+        max_rows = round_up(max_rows, MAX_ALIGNMENT)
+        spec = ModelSpec(
+            name=name,
+            architecture=config.architecture,
+            n_vocab=config.n_vocab,
+            n_ctx=n_ctx,
+            n_ctx_train=config.n_ctx_train,
+            n_layer=config.n_layer,
+            n_kv_heads=config.n_kv_head,
+            head_dim=config.head_dim,
+            weight_bytes=export.weight_bytes,
+            kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
+            max_rows=max_rows,
+            row_alignment=None,
+            kv_type="f32",
+            can_evict=True,
+            can_resize=True,
+            can_park=True,
+        )
+        super().__init__(spec)
+        library = load_library(kernels_dir)
+        self.config = config
+        weights = read_weights(export)
+        check_multiplied(weights, name)
+        self._parked: ParkedHere[ParkedArrays] = ParkedHere()
+        self._source = GGUFFile(export.source_file)
+        self._embeddings: Any = EmbeddingTable(export, self._source)
+        self._weights: Any = map_weights(export)
+        self._head = TrimmedHead.of(export, max_rows, self._source)
+        head_rows = sum(part.n_rows for part in weights.matrices[HEAD])
+        scored = max(max_rows, min(64, SCORED_BYTES // (4 * head_rows)))
+        with _translated(f"loading {name}"):
+            self._cache: Any = ContiguousCache(config, n_ctx, n_ctx)
+            self._program: Any = Program(
+                library,
+                config,
+                weights,
+                np.frombuffer(self._weights, np.uint8),
+                threads=threads,
+                scored=scored,
+                room=0 if self._head is None else round_up(MAX_REACHED, MAX_ALIGNMENT),
+                top_k=0 if self._head is None else min(TOP_K, head_rows),
+            )
+            self._bind_cache()
+            self._bind_reached()
+        self.scored_rows = scored
+        """See `Scoring.scored_rows`."""
+
+    def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
+        """See `CausalLM.decode`."""
+        self._require_open()
+        n = len(tokens)
+        check_decoded(self._spec, n, rows, self._length)
+        self._read(tokens, rows)
+        return told(self._head, self._written(), rows, want)
+
+    def score(self, tokens: Sequence[int], following: Sequence[int]) -> Logits:
+        """See `Scoring.score`."""
+        self._require_open()
+        n = len(tokens)
+        check_decoded(self._spec, n, 1, self._length)
+        self._read(tokens, n)
+        asked = np.asarray(following, np.int64)
+        if self._head is not None:
+            return self._head.log_probs(self._written(), asked)
+        logits = self._program.logits[:n]
+        return np.asarray(logits[np.arange(n), asked] - log_sum_exp(logits), np.float32)
+
+    def _read(self, tokens: Sequence[int], rows: int) -> None:
+        """Append `tokens`, in passes of at most CHUNK of them, the last of which scores the last `rows`."""
+        ids = self._padded(tokens)
+        ends = range(len(ids) % CHUNK or CHUNK, len(ids) + 1, CHUNK)
+        start = 0
+        for end in ends:
+            part = ids[start:end]
+            embeddings = self._program.embeddings[: len(part)]
+            embeddings[...] = self._embeddings.rows(part)
+            if self.config.embedding_scale != 1:
+                embeddings *= np.float32(self.config.embedding_scale)
+            wanted = self._wanted(len(part), rows if end == len(ids) else 0)
+            self._program.run(len(part), self._length, wanted)
+            self._length += len(part)
+            start = end
+        self._length -= len(ids) - len(tokens)
+
+    def _written(self) -> dict[str, NDArray[Any]]:
+        program = self._program
+        if self._head is None:
+            return {"logits": program.logits}
+        return {
+            "logits": program.logits,
+            "hidden": program.normed,
+            "top_logits": program.largest,
+            "top_places": program.places,
+            "log_sum": program.log_sums,
+        }
+
+    def evict(self, start: int, end: int) -> None:
+        """See `CausalLM.evict`; costs a copy of what moves."""
+        self._require_open()
+        check_evicted(self._spec, start, end, self._length)
+        if start < end:
+            self._cache.evict(start, end, self._length)
+            self._length -= end - start
+
+    def resize(self, n_ctx: int) -> None:
+        """See `CausalLM.resize`; a smaller cache is never held beside the larger one."""
+        self._require_open()
+        check_resized(self._spec, self._length, n_ctx)
+        check_exact(self.config, self._spec.name, n_ctx)
+        with _translated(f"a cache of {n_ctx} tokens"):
+            self._cache.resize(n_ctx, n_ctx, self._length)
+            self._spec = replace(self._spec, n_ctx=n_ctx)
+            self._bind_cache()
+
+    @property
+    def park_bytes(self) -> int:
+        """See `CausalLM.park_bytes`."""
+        return self._length * self._spec.kv_bytes_per_token
+
+    def park(self) -> Parked:
+        """See `CausalLM.park`; costs a copy."""
+        self._require_open()
+        check_parks(self._spec)
+        with _translated(f"setting {self._length} tokens aside"):
+            return self._parked.add(self._cache.park(self._length))
+
+    def resume(self, parked: Parked) -> None:
+        """See `CausalLM.resume`; costs a copy, whose source goes layer by layer."""
+        self._require_open()
+        taken = self._parked.check(self._spec, parked)
+        with _translated(f"taking {taken.length} tokens up again"):
+            self._cache.resume(taken)
+        self._length = taken.length
+
+    def swap(self, parked: Parked) -> Parked:
+        """See `CausalLM.swap`; layer by layer."""
+        self._require_open()
+        taken = self._parked.check(self._spec, parked)
+        with _translated(f"setting {self._length} tokens aside"):
+            left = self._cache.swap(taken, self._length)
+        self._length = taken.length
+        return self._parked.add(left)
+
+    def cached_layers(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Keys and values of each layer as they are stored, [n_kv_head, length, head_dim]; views."""
+        for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
+            yield keys[0, :, : self._length], values[0, :, : self._length]
+
+    def reach(self, tokens: Iterable[int], *, anew: bool = False) -> None:
+        """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity, and `anew`
+        those that were reached before are among them again."""
+        if self._head is not None and self._head.reach(tokens, anew=anew):
+            self._bind_reached()
+
+    def close(self) -> None:
+        """Give the cache and the buffers back, and end the threads."""
+        self._is_open = False
+        self._parked.free()
+        self._source.close()
+        if self._program is not None:
+            self._program.close()
+        self._program = self._weights = self._head = self._embeddings = self._cache = None
+
+    def _bind_cache(self) -> None:
+        n_ctx = self._spec.n_ctx
+        self._tables = self.config.rope_inputs(n_ctx, n_ctx)
+        self._program.bind_cache(self._cache.keys, self._cache.values, self._tables)
+
+    def _bind_reached(self) -> None:
+        """Show the program what a trimmed head adds; it stays in the head's memory."""
+        if self._head is not None:
+            inputs = self._head.inputs
+            self._program.bind_reached(inputs["reached"], inputs["reached_bias"])
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """Turn a want of memory into BackendMemoryError."""
+    try:
+        yield
+    except MemoryError as exc:
+        raise BackendMemoryError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc

@@ -1,0 +1,136 @@
+"""Compile the kernels for the processor at hand, once, and keep the library in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from edge_spec.errors import BackendUnavailableError
+from edge_spec.kernels.check import find_fault
+from edge_spec.kernels.library import open_library
+from edge_spec.processor import cpu_key
+
+_SOURCES = ("pass.c", "products.h", "activations.h", "attention.h", "vectors.h")
+_HERE = Path(__file__).parent
+_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-ffp-contract=off", "-shared")
+"""Contraction is off since a compiler may contract one copy of a loop and not the other, and rows would differ."""
+_PORTABLE = "-DEDGE_SPEC_PORTABLE"
+_PATIENCE_S = 300
+INSTALL = 'pip install "edge-spec[native]", which brings a compiler'
+
+
+def load_library(folder: Path) -> Any:
+    """The kernels for this processor, compiled into `folder` if they are not there yet.
+
+    Instructions that give other results here than they should are done without. Raises BackendUnavailableError where
+    there is no compiler, or it fails.
+    """
+    return _load(folder.resolve(), " ".join(find_compiler()))
+
+
+def find_compiler() -> list[str]:
+    """The command of a C compiler: what CC names, the one of the `native` extra, or the system's.
+
+    Raises BackendUnavailableError where there is none.
+    """
+    if os.environ.get("CC"):
+        return shlex.split(os.environ["CC"])
+    if find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc"]
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    raise BackendUnavailableError(f"the native backend needs a C compiler, and there is none: {INSTALL}")
+
+
+def is_available() -> bool:
+    """Whether there is a compiler."""
+    try:
+        return bool(find_compiler())
+    except BackendUnavailableError:
+        return False
+
+
+def source_key() -> str:
+    """What the kernels' speed depends on besides the processor: their source and the compiler, as eight hex digits."""
+    return _key(" ".join(find_compiler()))[:8]
+
+
+def _key(compiler: str) -> str:
+    told = [compiler, *_FLAGS, *((_HERE / name).read_text("utf-8") for name in _SOURCES)]
+    if find_spec("ziglang") is not None:
+        told.append(metadata.version("ziglang"))
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()
+
+
+@cache
+def _load(folder: Path, compiler: str) -> Any:
+    name = hashlib.sha256(f"{cpu_key()} {_key(compiler)}".encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{name}.lock"):
+            path = folder / f"{name}{_suffix()}"
+            if path.exists():
+                return open_library(path)
+            return _build(path)
+    except OSError as exc:
+        raise BackendUnavailableError(f"the native backend's kernels cannot be kept in {folder}: {exc}") from exc
+
+
+def _build(path: Path) -> Any:
+    """Compile, check, and only then give the library its name."""
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
+        faults = []
+        for more in ((), (_PORTABLE,)):
+            made = Path(scratch) / f"kernels{len(faults)}{_suffix()}"
+            _compile(made, Path(scratch), more)
+            library = open_library(made)
+            fault = find_fault(library)
+            if fault is None:
+                made.replace(path)
+                return library
+            faults.append(fault)
+    raise BackendUnavailableError(f"the native backend's kernels give wrong results here: {'; '.join(faults)}")
+
+
+def _compile(made: Path, scratch: Path, more: tuple[str, ...]) -> None:
+    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    position = () if sys.platform == "win32" else ("-fPIC",)
+    command = [*find_compiler(), *_FLAGS, native, *position, *more, str(_HERE / "pass.c"), "-o", str(made)]
+    kept = {name: str(scratch / "zig") for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}
+    try:
+        done = subprocess.run(
+            command + ([] if sys.platform == "win32" else ["-lm"]),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PATIENCE_S,
+            env=os.environ | kept,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise BackendUnavailableError(f"the native backend's kernels were not compiled: {exc}; {INSTALL}") from exc
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise BackendUnavailableError(
+            f"the native backend's kernels were not compiled: {command[0]} says {said[0] if said else 'nothing'!r}; "
+            f"another compiler: {INSTALL}, or CC="
+        )
+
+
+def _suffix() -> str:
+    return {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")

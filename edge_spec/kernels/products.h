@@ -1,0 +1,141 @@
+/* Products of activations with a matrix of 4- or 8-bit weights.
+
+   A row's result is made by the same operations in the same order whatever else is in the pass: only how many rows of
+   weights and of activations are kept in registers at a time depends on it. */
+#ifndef EDGE_SPEC_PRODUCTS_H
+#define EDGE_SPEC_PRODUCTS_H
+
+#include "activations.h"
+
+/* [n_rows, width] in blocks with a scale each, as MatMulNBits of ONNX Runtime has them: 4 bits with the even weight in
+   the lower half of a byte, or 8 bits. `lows`: each block's scale times what stands for 0, negative, [n_rows, lanes],
+   where `lanes` is `blocks` rounded up to whole vectors (NULL: nothing is left to take away). Writes its product, plus
+   `bias` if it has one, to rows of `out` that are `stride` floats apart. */
+typedef struct {
+    const uint8_t *packed;
+    const float *scales;
+    const float *lows;
+    const float *bias;
+    float *out;
+    const activations *in;
+    int32_t n_rows, width, block, blocks, bits, stride;
+} matrix;
+
+enum { MOST_ACTIVATIONS = 4 };
+
+/* Rows [row, row + W) of the weights times rows [first, first + A) of the activations. The next tile is fetched in the
+   meantime: the processor sees W short stretches that are read at once, and guesses no further. */
+INLINE void tile(const matrix *m, const int W, const int A, const int bits, const int paired, long row, long first) {
+    const activations *in = m->in;
+    const int blocks = m->blocks, width = m->width, block = m->block, row_bytes = width * bits / 8;
+    const int8_t *levels = in->levels + first * width;
+    const float *scales = in->scales + first * blocks, *weight_scales = m->scales + row * blocks;
+    const uint8_t *packed = m->packed + row * row_bytes;
+    floats sums[4][MOST_ACTIVATIONS];
+#pragma GCC unroll 8
+    for (int w = 0; w < W; w++)
+#pragma GCC unroll 8
+        for (int a = 0; a < A; a++) sums[w][a] = all(0);
+    for (int b = 0; m->lows && b < in->lanes; b += LANES)
+#pragma GCC unroll 8
+        for (int w = 0; w < W; w++) {
+            floats low = load(m->lows + (row + w) * in->lanes + b);
+#pragma GCC unroll 8
+            for (int a = 0; a < A; a++)
+                sums[w][a] = multiply_add(low, load(in->shares + (first + a) * in->lanes + b), sums[w][a]);
+        }
+    for (int b = 0; b < blocks; b++) {
+        sum4 parts[4][MOST_ACTIVATIONS];
+#pragma GCC unroll 8
+        for (int w = 0; w < W; w++)
+#pragma GCC unroll 8
+            for (int a = 0; a < A; a++) parts[w][a] = zero4();
+        const int end = (b + 1) * block;
+        for (int i = b * block; i < end;) {
+            if (bits == 4 && paired == 64) {
+                bytes low[4], high[4];
+#pragma GCC unroll 8
+                for (int w = 0; w < W; w++) {
+                    const uint8_t *at = packed + (long)w * row_bytes + i / 2;
+                    __builtin_prefetch(at + W * row_bytes);
+                    bytes x = load_bytes(at);
+                    low[w] = low_halves(x), high[w] = high_halves(x);
+                }
+#pragma GCC unroll 8
+                for (int a = 0; a < A; a++) {
+                    bytes even = load_bytes(levels + (long)a * width + i), odd = load_bytes(levels + (long)a * width + i + 32);
+#pragma GCC unroll 8
+                    for (int w = 0; w < W; w++) parts[w][a] = add4(add4(parts[w][a], low[w], even), high[w], odd);
+                }
+                i += 64;
+            } else if (bits == 4) {
+#pragma GCC unroll 8
+                for (int w = 0; w < W; w++) {
+                    const uint8_t *at = packed + (long)w * row_bytes + i / 2;
+                    __builtin_prefetch(at + W * row_bytes);
+                    bytes both = halves(at);
+#pragma GCC unroll 8
+                    for (int a = 0; a < A; a++)
+                        parts[w][a] = add4(parts[w][a], both, load_bytes(levels + (long)a * width + i));
+                }
+                i += 32;
+            } else {
+#pragma GCC unroll 8
+                for (int w = 0; w < W; w++) {
+                    const uint8_t *at = packed + (long)w * row_bytes + i;
+                    __builtin_prefetch(at + W * row_bytes);
+                    weights8 x = prepare8(load_bytes(at));
+#pragma GCC unroll 8
+                    for (int a = 0; a < A; a++)
+                        parts[w][a] = add8(parts[w][a], x, load_bytes(levels + (long)a * width + i));
+                }
+                i += 32;
+            }
+        }
+#pragma GCC unroll 8
+        for (int w = 0; w < W; w++) {
+            floats weight_scale = all(weight_scales[(long)w * blocks + b]);
+#pragma GCC unroll 8
+            for (int a = 0; a < A; a++) {
+                floats part = multiply(bits == 4 ? end4(parts[w][a]) : end8(parts[w][a]), weight_scale);
+                sums[w][a] = multiply_add(part, all(scales[(long)a * blocks + b]), sums[w][a]);
+            }
+        }
+    }
+    for (int a = 0; a < A; a++) {
+        float found[4];
+        totals(found, sums[0][a], sums[W > 1 ? 1 : 0][a], sums[W > 2 ? 2 : 0][a], sums[W > 3 ? 3 : 0][a]);
+        for (int w = 0; w < W; w++)
+            m->out[(first + a) * m->stride + row + w] = found[w] + (m->bias ? m->bias[row + w] : 0);
+    }
+}
+
+typedef void (*tile_function)(const matrix *, long row, long first);
+
+#define TILE(W, A, BITS, PAIRED)                                                                                       \
+    static void tile_##W##_##A##_##BITS##_##PAIRED(const matrix *m, long row, long first) {                            \
+        tile(m, W, A, BITS, PAIRED, row, first);                                                                       \
+    }
+#define TILES(A, BITS, PAIRED) TILE(1, A, BITS, PAIRED) TILE(2, A, BITS, PAIRED) TILE(4, A, BITS, PAIRED)
+#define KINDS(A) TILES(A, 4, 64) TILES(A, 4, 32) TILES(A, 8, 0)
+KINDS(1) KINDS(2) KINDS(3) KINDS(4)
+
+#define ENTRIES(W, BITS, PAIRED)                                                                                       \
+    { tile_##W##_1_##BITS##_##PAIRED, tile_##W##_2_##BITS##_##PAIRED, tile_##W##_3_##BITS##_##PAIRED,                  \
+      tile_##W##_4_##BITS##_##PAIRED }
+#define BY_ROWS(BITS, PAIRED) { ENTRIES(1, BITS, PAIRED), ENTRIES(2, BITS, PAIRED), ENTRIES(4, BITS, PAIRED) }
+static const tile_function tiles[3][3][MOST_ACTIVATIONS] = {BY_ROWS(4, 64), BY_ROWS(4, 32), BY_ROWS(8, 0)};
+
+/* Rows [begin, end) of a matrix times all n rows of its activations. */
+static void multiply_rows(const matrix *m, long begin, long end, int n) {
+    const tile_function (*of)[MOST_ACTIVATIONS] = tiles[m->bits == 8 ? 2 : m->in->paired == 64 ? 0 : 1];
+    for (int first = 0; first < n; first += MOST_ACTIVATIONS) {
+        int count = n - first < MOST_ACTIVATIONS ? n - first : MOST_ACTIVATIONS;
+        /* As many rows of weights as leave room in the registers; what is left one by one. */
+        int most = count < 3 ? 4 : 2, wide = count < 3 ? 2 : 1;
+        long row = begin;
+        for (; row + most <= end; row += most) of[wide][count - 1](m, row, first);
+        for (; row < end; row++) of[0][count - 1](m, row, first);
+    }
+}
+#endif
