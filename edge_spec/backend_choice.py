@@ -14,7 +14,7 @@ from typing import Any
 
 from edge_spec.cache_file import CacheFile
 from edge_spec.drafting import Costs
-from edge_spec.errors import UsageError
+from edge_spec.errors import BackendUnavailableError, UsageError
 from edge_spec.export.recipe import Recipe
 from edge_spec.loading import BACKENDS, KV_TYPES, chosen_draft_backend, engine_key, installed_backends
 from edge_spec.processor import cpu_key
@@ -141,7 +141,7 @@ def expected_tokens_per_s(target: BackendTimes, draft: BackendTimes | None, *, p
 def _engine(backend: str) -> str | None:
     try:
         return engine_key(backend)
-    except (KeyError, PackageNotFoundError):
+    except (KeyError, PackageNotFoundError, BackendUnavailableError):
         return None
 
 

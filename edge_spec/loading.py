@@ -28,16 +28,18 @@ from edge_spec.export.folder import is_export, is_graph_export, read_description
 from edge_spec.export.recipe import RECIPES, Recipe, find_recipe
 from edge_spec.export.source import default_recipe_of, open_source, refusal_of
 from edge_spec.formats.gguf import GGUFFile
+from edge_spec.kernels.build import source_key
 from edge_spec.processor import cpu_key
 from edge_spec.store import Store
 from edge_spec.tokenizer import Tokenizer
 
 DEFAULT_N_CTX = 4096
 
-BACKENDS = ("onnx", "openvino", "llama")
+BACKENDS = ("onnx", "native", "openvino", "llama")
 
 KV_TYPES = {
     "onnx": ("f32", "q8"),
+    "native": ("f32",),
     "openvino": ("f32", "f16", "u8"),
     "llama": ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
 }
@@ -169,10 +171,7 @@ class Loader:
         """
         if self.backend == "llama":
             return self._load_llama(source, n_ctx)
-        if self.backend == "openvino":
-            from edge_spec.backends.openvino import import_library
-
-            import_library()  # now, and not after minutes of exporting
+        self._require_library()  # now, and not after minutes of exporting
         try:
             export = source.export or self._export(source, recipe)
         except UnsupportedArchitectureError as unknown:
@@ -186,6 +185,21 @@ class Loader:
             note = f"{source.name} runs on the llama backend: {unknown}"
             return replace(loaded, notes=(note, *loaded.notes))
         return self._load_export(source, export, n_ctx, aligned)
+
+    def _require_library(self) -> None:
+        """BackendUnavailableError where what the backend needs is not installed."""
+        if self.backend == "openvino":
+            from edge_spec.backends.openvino import import_library
+
+            import_library()
+        elif self.backend == "native":
+            from edge_spec.kernels.build import load_library
+
+            load_library(self._kernels_dir)
+
+    @property
+    def _kernels_dir(self) -> Path:
+        return self.store.cache_dir / "kernels"
 
     def _export(self, source: Source, recipe: Recipe | None) -> Export:
         recipe = recipe or default_recipe_of(source.gguf)
@@ -232,6 +246,12 @@ class Loader:
             kv = self.kv or KV_TYPES["openvino"][0]
             return OpenVinoModel(
                 export, name=source.name, n_ctx=n_ctx, threads=self.threads, kv=kv, park_bytes=self.park_bytes
+            )
+        if self.backend == "native":
+            from edge_spec.backends.native import NativeModel
+
+            return NativeModel(
+                export, name=source.name, n_ctx=n_ctx, threads=self.threads, kernels_dir=self._kernels_dir
             )
         from edge_spec.backends.onnx import OnnxModel
 
@@ -330,18 +350,22 @@ def processor_key(backend: str) -> str:
 
 def installed_backends() -> tuple[str, ...]:
     """Those of BACKENDS whose library is installed."""
-    return tuple(backend for backend in BACKENDS if find_spec(_MODULES[backend]) and _has_version(backend))
+    return tuple(backend for backend in BACKENDS if _is_installed(backend))
 
 
 def engine_key(backend: str) -> str:
-    """The library behind a backend, and its version."""
+    """The library behind a backend, and its version. PackageNotFoundError or BackendUnavailableError without it."""
+    if backend == "native":
+        return f"kernels {source_key()}"
     return f"{_DISTRIBUTIONS[backend]} {metadata.version(_DISTRIBUTIONS[backend])}"
 
 
-def _has_version(backend: str) -> bool:
+def _is_installed(backend: str) -> bool:
+    if backend in _MODULES and not find_spec(_MODULES[backend]):
+        return False
     try:
         return bool(engine_key(backend))
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, BackendUnavailableError):
         return False
 
 

@@ -14,8 +14,8 @@ from edge_spec.doctor import comparison
 from edge_spec.doctor.contestant import Contestant, Job, Loaded
 from edge_spec.errors import BackendError, UsageError
 from edge_spec.loading import installed_backends
-from edge_spec.processor import cpu_key
 from edge_spec.opening import LoadOptions
+from edge_spec.processor import cpu_key
 from edge_spec.store import Store
 from tests.fake_engine import run
 from tests.tiny_models import write_tiny_gguf

@@ -31,7 +31,8 @@ from edge_spec.export.graph import HEAD
 from edge_spec.export.stored import map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.kernels.build import load_library
-from edge_spec.kernels.program import CHUNK, Program, check_multiplied
+from edge_spec.kernels.library import CHUNK
+from edge_spec.kernels.program import Program, check_multiplied
 from edge_spec.types import TOP_K, Decoded, Logits, ModelSpec, Output
 
 SCORED_BYTES = 8 << 20
@@ -83,7 +84,7 @@ class NativeModel(PaddedModel):
         head_rows = sum(part.n_rows for part in weights.matrices[HEAD])
         scored = max(max_rows, min(64, SCORED_BYTES // (4 * head_rows)))
         with _translated(f"loading {name}"):
-            self._cache: Any = ContiguousCache(config, n_ctx, n_ctx)
+            self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx))
             self._program: Any = Program(
                 library,
                 config,
@@ -162,7 +163,7 @@ class NativeModel(PaddedModel):
         check_resized(self._spec, self._length, n_ctx)
         check_exact(self.config, self._spec.name, n_ctx)
         with _translated(f"a cache of {n_ctx} tokens"):
-            self._cache.resize(n_ctx, n_ctx, self._length)
+            self._cache.resize(n_ctx, _capacity(n_ctx), self._length)
             self._spec = replace(self._spec, n_ctx=n_ctx)
             self._bind_cache()
 
@@ -217,7 +218,7 @@ class NativeModel(PaddedModel):
 
     def _bind_cache(self) -> None:
         n_ctx = self._spec.n_ctx
-        self._tables = self.config.rope_inputs(n_ctx, n_ctx)
+        self._tables = self.config.rope_inputs(_capacity(n_ctx), n_ctx)
         self._program.bind_cache(self._cache.keys, self._cache.values, self._tables)
 
     def _bind_reached(self) -> None:
@@ -225,6 +226,11 @@ class NativeModel(PaddedModel):
         if self._head is not None:
             inputs = self._head.inputs
             self._program.bind_reached(inputs["reached"], inputs["reached_bias"])
+
+
+def _capacity(n_ctx: int) -> int:
+    """Tokens that a cache needs room for: the padding of the last one too, where somebody asks for padding."""
+    return n_ctx + MAX_ALIGNMENT - 1
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class BackendName(StrEnum):
     """Libraries that can run a model."""
 
     ONNX = "onnx"
+    NATIVE = "native"
     OPENVINO = "openvino"
     LLAMA = "llama"
 
@@ -35,6 +36,7 @@ class BackendChoice(StrEnum):
 
     AUTO = "auto"
     ONNX = "onnx"
+    NATIVE = "native"
     OPENVINO = "openvino"
     LLAMA = "llama"
 

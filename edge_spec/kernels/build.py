@@ -93,7 +93,7 @@ def _load(folder: Path, compiler: str) -> Any:
 def _build(path: Path) -> Any:
     """Compile, check, and only then give the library its name."""
     with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        faults = []
+        faults: list[str] = []
         for more in ((), (_PORTABLE,)):
             made = Path(scratch) / f"kernels{len(faults)}{_suffix()}"
             _compile(made, Path(scratch), more)

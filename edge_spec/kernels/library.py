@@ -8,7 +8,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-
+CHUNK = 128
+"""Most tokens of a pass; more are read in several."""
 LANES = 8
 """What rows of shares are rounded up to: whole vectors of every processor."""
 

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import Array, Structure, byref, pointer
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -16,6 +16,7 @@ from edge_spec.export.architecture import DecoderConfig
 from edge_spec.export.graph import HEAD, StoredMatrix, Weights
 from edge_spec.export.quantize import unpack_levels
 from edge_spec.kernels.library import (
+    CHUNK,
     LANES,
     Activation,
     Activations,
@@ -34,10 +35,7 @@ from edge_spec.kernels.library import (
     Top,
 )
 
-CHUNK = 128
-"""Most tokens of a pass; more are read in several."""
-
-_StructureT = TypeVar("_StructureT", bound=Structure)
+Floats: TypeAlias = NDArray[np.float32]
 _Format = tuple[int, int]
 """How activations are quantised: in blocks of so many, the even ones first in every so many (see `Activations`)."""
 
@@ -114,7 +112,7 @@ class Program:
             if names := self._config.rope_of(layer):
                 of.cosines, of.sines = (tables[name].ctypes.data for name in names)
 
-    def bind_reached(self, columns: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
+    def bind_reached(self, columns: Floats, bias: Floats) -> None:
         """Score these tokens beside a trimmed head: [hidden, n] and [n], n a multiple of 64, in the caller's memory."""
         assert self._reach is not None, "the head is whole"
         assert len(bias) <= self._room, "there is room for what can be reached"
@@ -126,13 +124,15 @@ class Program:
         """One pass over the first `n` rows of `embeddings`, behind `past` tokens; `wanted` are scored."""
         self._pass.n_rows, self._pass.past, self._pass.n_wanted = n, past, len(wanted)
         self._pass.wanted = wanted.ctypes.data
-        told = (byref(self._team), self._made, len(self._made), byref(self._pass))
-        run = self._library.edge_spec_run  # lets go of the interpreter while it runs
         others = range(self._team.n_threads - 1)
-        running = [self._workers.submit(run, *told) for _ in others] if self._workers else []
-        run(*told)
+        running = [self._workers.submit(self._take_part) for _ in others] if self._workers else []
+        self._take_part()
         for other in running:
             other.result()
+
+    def _take_part(self) -> None:
+        """Go through the steps as one of the team; the interpreter's lock is free in the meantime."""
+        self._library.edge_spec_run(byref(self._team), self._made, len(self._made), byref(self._pass))
 
     def close(self) -> None:
         """End the threads."""
@@ -152,27 +152,31 @@ class Program:
         up = gate[:, config.n_ff :] if config.traits.fused_inputs else self._floats(CHUNK, wide)
         activation = {"silu": Activation.SILU, "gelu_tanh": Activation.GELU}[config.traits.activation]
         residual, rows = self.embeddings, Rows.EVERY
-        added: NDArray[np.float32] | None = None
+        added: Floats | None = None
         for layer in range(config.n_layer):
             block = f"blk.{layer}."
-            residual = self._norm(f"{block}attn_norm", residual, added, sums, normed, rows, [f"{block}attn_qkv"])
+            residual = self._norm(
+                f"{block}attn_norm", residual, added, sums=sums, out=normed, rows=rows, consumers=[f"{block}attn_qkv"]
+            )
             self._multiply([(f"{block}attn_qkv", "normed", qkv)], rows)
             self._attend(layer, qkv, attended, states)
             is_last = layer == config.n_layer - 1
             picked = Rows.PICKED if is_last else Rows.EVERY
             rows = Rows.WANTED if is_last else Rows.EVERY  # nothing later needs the others
-            self._gate("attended", attended, None, Activation.NONE, picked, f"{block}attn_output")
+            self._gate("attended", attended, rows=picked, consumer=f"{block}attn_output")
             self._multiply([(f"{block}attn_output", "attended", branch)], rows)
             self._post_norm(f"{block}post_attention_norm", branch, rows)
             inputs = [f"{block}ffn_up"] if config.traits.fused_inputs else [f"{block}ffn_gate", f"{block}ffn_up"]
-            residual = self._norm(f"{block}ffn_norm", residual, branch, sums, normed, picked, inputs)
+            residual = self._norm(
+                f"{block}ffn_norm", residual, branch, sums=sums, out=normed, rows=picked, consumers=inputs
+            )
             outputs = [gate] if config.traits.fused_inputs else [gate, up]
             self._multiply([(name, "normed", out) for name, out in zip(inputs, outputs, strict=True)], rows)
-            self._gate("gated", gate, up, activation, rows, f"{block}ffn_down")
+            self._gate("gated", gate, up, activation=activation, rows=rows, consumer=f"{block}ffn_down")
             self._multiply([(f"{block}ffn_down", "gated", branch)], rows)
             self._post_norm(f"{block}post_ffw_norm", branch, rows)
             added = branch
-        self._norm("output_norm", residual, added, sums, self.normed, Rows.WANTED, [HEAD])
+        self._norm("output_norm", residual, added, sums=sums, out=self.normed, rows=Rows.WANTED, consumers=[HEAD])
         self._multiply([(HEAD, "normed", self.logits)], Rows.WANTED)
         self._score()
 
@@ -201,13 +205,14 @@ class Program:
     def _norm(
         self,
         name: str,
-        x: NDArray[np.float32],
-        branch: NDArray[np.float32] | None,
-        sums: list[NDArray[np.float32]],
-        out: NDArray[np.float32],
+        x: Floats,
+        branch: Floats | None,
+        *,
+        sums: list[Floats],
+        out: Floats,
         rows: Rows,
         consumers: Sequence[str],
-    ) -> NDArray[np.float32]:
+    ) -> Floats:
         """Norm of x + branch, quantised for the matrices that take it; returns the sum."""
         total = x if branch is None else next(array for array in sums if array is not x)
         of = Norm(
@@ -225,7 +230,7 @@ class Program:
         self._add(Kind.NORM, of)
         return total
 
-    def _post_norm(self, name: str, branch: NDArray[np.float32], rows: Rows) -> None:
+    def _post_norm(self, name: str, branch: Floats, rows: Rows) -> None:
         """RMS norm of a branch before it joins the residual stream, in architectures that have it."""
         if self._config.traits.post_norms:
             place, width = self._at(branch), self._config.hidden
@@ -237,12 +242,14 @@ class Program:
     def _gate(
         self,
         source: str,
-        gate: NDArray[np.float32],
-        up: NDArray[np.float32] | None,
-        activation: Activation,
+        gate: Floats,
+        up: Floats | None = None,
+        *,
+        activation: Activation = Activation.NONE,
         rows: Rows,
         consumer: str,
     ) -> None:
+        """The activation of `gate` times `up`, or `gate` as it is, quantised for the matrix that takes it."""
         of = Gate(
             gate=self._at(gate),
             up=None if up is None else self._at(up),
@@ -253,9 +260,7 @@ class Program:
         self._set_levels(of, source, [consumer])
         self._add(Kind.GATE, of)
 
-    def _attend(
-        self, layer: int, qkv: NDArray[np.float32], out: NDArray[np.float32], states: NDArray[np.float32]
-    ) -> None:
+    def _attend(self, layer: int, qkv: Floats, out: Floats, states: Floats) -> None:
         config, block = self._config, f"blk.{layer}."
         norms = config.traits.qk_norm
         of = Attention(
@@ -278,13 +283,13 @@ class Program:
         self._add(Kind.CACHE, of)
         self._add(Kind.ATTEND, of)
 
-    def _multiply(self, products: Sequence[tuple[str, str, NDArray[np.float32]]], rows: Rows) -> None:
+    def _multiply(self, products: Sequence[tuple[str, str, Floats]], rows: Rows) -> None:
         """Products of the same rows: a projection's name, what it is applied to, and where its product goes."""
         made = [matrix for product in products for matrix in self._matrices(*product)]
         matrices = self._keep((Matrix * len(made))(*made))
         self._add(Kind.MULTIPLY, Multiply(matrices=matrices, n_matrices=len(made), rows=rows))
 
-    def _matrices(self, name: str, source: str, out: NDArray[np.float32]) -> Iterator[Matrix]:
+    def _matrices(self, name: str, source: str, out: Floats) -> Iterator[Matrix]:
         bias = self._weights.vectors.get(f"{name}.bias")
         first = 0
         for part in self._weights.matrices[name]:
@@ -353,7 +358,7 @@ class Program:
     def _vector(self, name: str) -> int:
         return self._at(self._weights.vectors[name])
 
-    def _floats(self, *shape: int) -> NDArray[np.float32]:
+    def _floats(self, *shape: int) -> Floats:
         return self._array(shape, np.float32)
 
     def _array(self, shape: tuple[int, ...], kind: DTypeLike) -> NDArray[Any]:

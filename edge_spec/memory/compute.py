@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
+from edge_spec.export.graph import StoredMatrix
+from edge_spec.kernels.library import CHUNK, LANES
 from edge_spec.memory.facts import ModelFacts
 from edge_spec.memory.kv import cells
 
@@ -54,6 +56,17 @@ def onnx_attention(facts: ModelFacts, n_ctx: int, batch: int) -> int:
     if facts.config is None or not facts.config.attention_softcap:
         return 0
     return facts.n_head * round_up(batch, MAX_ALIGNMENT) * cells(n_ctx, "onnx") * 4
+
+
+def native_activations(facts: ModelFacts, matrices: tuple[StoredMatrix, ...], batch: int) -> int:
+    """What the native kernels' steps work in, as far as a pass of `batch` tokens touches it: see `kernels.program`."""
+    config = facts.config
+    if config is None:
+        return 0
+    floats = 5 * config.hidden + config.qkv_rows + config.n_head * (config.head_dim + 2) + 2 * config.n_ff
+    forms = {(matrix.row_length, matrix.block, matrix.bits) for matrix in matrices}
+    levels = sum(length + 4 * (length // block + round_up(length // block, LANES)) for length, block, _ in forms)
+    return min(batch, CHUNK) * (4 * floats + levels)
 
 
 def openvino_activations(facts: ModelFacts, batch: int) -> int:

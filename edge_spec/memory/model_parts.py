@@ -13,7 +13,14 @@ from edge_spec.memory.exporting import export_bytes
 from edge_spec.memory.facts import ModelFacts, Origin
 from edge_spec.memory.kv import cache_bytes, find_kv_type, state_bytes
 from edge_spec.memory.parts import Component, Owner, Settings, Source
-from edge_spec.memory.weights import head_rows, llama_weights, onnx_weights, openvino_weights, stored_matrices
+from edge_spec.memory.weights import (
+    head_rows,
+    llama_weights,
+    native_weights,
+    onnx_weights,
+    openvino_weights,
+    stored_matrices,
+)
 
 
 def model_parts(
@@ -22,6 +29,7 @@ def model_parts(
     """What `facts` holds on `backend`. `recipe`: how its export is stored, None for the default or a finished one."""
     kinds: dict[str, Callable[[_Model], list[Component]]] = {
         "onnx": _onnx_parts,
+        "native": _native_parts,
         "openvino": _openvino_parts,
         "llama": _llama_parts,
     }
@@ -110,6 +118,27 @@ def _onnx_parts(model: _Model) -> list[Component]:
             source=Source.MEASURED,
             filled_later=True,
         ),
+        model.logits(matrices),
+        model.embedding(),
+        model.library(),
+    ]
+
+
+def _native_parts(model: _Model) -> list[Component]:
+    facts, settings = model.facts, model.settings
+    matrices = model.matrices()
+    weights = native_weights(matrices)
+    return [
+        model.part(
+            "weights",
+            weights.anonymous,
+            mapped_bytes=weights.mapped,
+            touched_bytes=weights.touched,
+            load_bytes=export_bytes(facts, settings.threads),
+        ),
+        model.cache(),
+        model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx)),
+        model.part("compute buffers", compute.native_activations(facts, matrices, settings.batch), filled_later=True),
         model.logits(matrices),
         model.embedding(),
         model.library(),

@@ -11,7 +11,7 @@ from edge_spec.decoding.session import PREFILL_CHUNK
 from edge_spec.errors import UsageError
 from edge_spec.export.recipe import Recipe
 
-BACKENDS = ("onnx", "openvino", "llama")
+BACKENDS = ("onnx", "native", "openvino", "llama")
 
 
 class Owner(StrEnum):

@@ -22,11 +22,11 @@ many merges, 75 for 151,936, 14 for 32,000 with next to none."""
 TOKENIZER_BUILD_PER_TOKEN = 340
 """More of it while it is built; it is built before any weights are loaded."""
 
-LIBRARY = {"onnx": 1 * MIB, "openvino": 30 * MIB, "llama": 3 * MIB}
+LIBRARY = {"onnx": 1 * MIB, "native": 1 * MIB, "openvino": 30 * MIB, "llama": 3 * MIB}
 """A backend's library itself: relocated data, allocator, thread stacks that were touched."""
 
-SESSION = {"onnx": 1 * MIB, "openvino": 5 * MIB, "llama": 1 * MIB}
-SESSION_PER_LAYER = {"onnx": 110 << 10, "openvino": 200 << 10, "llama": 24 << 10}
+SESSION = {"onnx": 1 * MIB, "native": 1 * MIB, "openvino": 5 * MIB, "llama": 1 * MIB}
+SESSION_PER_LAYER = {"onnx": 110 << 10, "native": 40 << 10, "openvino": 200 << 10, "llama": 24 << 10}
 """The graph of one model inside its library."""
 
 LLAMA_VOCABULARY_PER_TOKEN = 215
@@ -44,14 +44,14 @@ REACHED_ROWS = 1024
 KEPT_EMBEDDINGS = 512
 """Rows of the embedding table that stay decoded (`backends.embedding_table`)."""
 
-RESERVED = {"onnx": 8 * MIB, "openvino": 94 * MIB, "llama": 4 * MIB}
+RESERVED = {"onnx": 8 * MIB, "native": 4 * MIB, "openvino": 94 * MIB, "llama": 4 * MIB}
 RESERVED_PER_PROCESSOR = 40 * MIB
 RESERVED_PER_THREAD = 8 * MIB
 """Address space that is set aside, and counted by RLIMIT_DATA, but not touched: the libraries' arenas; for every
 processor of the machine a buffer (32 MiB) and a thread's stack (8) of NumPy's OpenBLAS, which asks for them when it is
 imported; the stack of each thread that a model runs on."""
 
-SHARED_LIBRARIES = {"onnx": 50 * MIB, "openvino": 90 * MIB, "llama": 33 * MIB}
+SHARED_LIBRARIES = {"onnx": 50 * MIB, "native": 25 * MIB, "openvino": 90 * MIB, "llama": 33 * MIB}
 """Code of Python and of a backend's library that is in memory while it runs: mapped files, shared between processes."""
 
 EXPORTER = 6 * MIB

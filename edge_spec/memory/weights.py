@@ -12,6 +12,7 @@ from edge_spec.export.layout import plan_layout
 from edge_spec.export.recipe import Recipe, default_recipe
 from edge_spec.export.trim import kept_ids
 from edge_spec.formats.gguf import GGMLType, TensorInfo
+from edge_spec.kernels.library import LANES
 from edge_spec.memory.facts import ModelFacts, Origin
 
 
@@ -81,6 +82,14 @@ def openvino_weights(matrices: tuple[StoredMatrix, ...]) -> WeightBytes:
         blocks = matrix.n_rows * (matrix.row_length // matrix.block)
         anonymous += matrix.packed.length + matrix.scales.length + (blocks if matrix.zeros else 0)
     return WeightBytes(anonymous, stored_bytes(matrices), 0)
+
+
+def native_weights(matrices: tuple[StoredMatrix, ...]) -> WeightBytes:
+    """The native kernels multiply weights where they are mapped. Anonymous is what a block's level 0 stands for, a
+    float32 each in rows of whole vectors (`kernels.program`); counted for 8 bits too, where some processors lack it."""
+    anonymous = sum(4 * matrix.n_rows * round_up(matrix.row_length // matrix.block, LANES) for matrix in matrices)
+    mapped = sum(matrix.packed.length + matrix.scales.length for matrix in matrices)
+    return WeightBytes(anonymous, mapped, mapped)
 
 
 _X86_REPACKED = {GGMLType.Q4_0: 8, GGMLType.Q4_K: 8, GGMLType.IQ4_NL: 8, GGMLType.MXFP4: 8}
