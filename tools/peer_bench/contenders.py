@@ -23,20 +23,20 @@ class Contender(Protocol):
 
 
 class Ours:
-    """edge_spec's engine on its default backend."""
+    """edge_spec's engine, on the onnx backend unless told otherwise."""
 
-    def __init__(self, settings: Settings, *, drafter: str, pad_rows: bool) -> None:
+    def __init__(self, settings: Settings, *, drafter: str, pad_rows: bool, backend: str = "onnx") -> None:
         from edge_spec import Engine
 
         self._engine = Engine.load(
             settings.pair,
-            backend="onnx",
+            backend=backend,
             threads=settings.threads,
             n_ctx=settings.n_ctx,
             drafter=drafter,
             pad_rows=pad_rows,
         )
-        self.about = f"edge_spec, drafter {drafter}, rows {'padded' if pad_rows else 'not padded'}"
+        self.about = f"edge_spec, {backend}, drafter {drafter}, rows {'padded' if pad_rows else 'not padded'}"
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """See `Contender`."""
@@ -75,6 +75,16 @@ def ours_plain(settings: Settings) -> Contender:
     return Ours(settings, drafter="none", pad_rows=False)
 
 
+def native_pair(settings: Settings) -> Contender:
+    """Speculation on kernels of our own, where no row is padded and texts are the same all the same."""
+    return Ours(settings, drafter="auto", pad_rows=True, backend="native")
+
+
+def native_plain(settings: Settings) -> Contender:
+    """Plain decoding on them."""
+    return Ours(settings, drafter="none", pad_rows=True, backend="native")
+
+
 def llama_cpp(settings: Settings) -> Contender:
     """llama.cpp without speculation."""
     from peer_bench.llama_cpp_plain import LlamaCppPlain
@@ -108,6 +118,8 @@ CONTENDERS: dict[str, Callable[[Settings], Contender]] = {
     "ours-pair": ours_pair,
     "ours-padded": ours_padded,
     "ours-plain": ours_plain,
+    "native-pair": native_pair,
+    "native-plain": native_plain,
     "llama.cpp": llama_cpp,
     **{f"llama-server-{mode}": llama_server(mode) for mode in MODES},
     **{f"genai-{mode}": genai(mode) for mode in GENAI_MODES},
