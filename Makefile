@@ -21,12 +21,12 @@ install: $(VENV)/.core $(VENV)/.dev
 # is made anew.
 $(VENV)/.core: pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 </dev/null || $(PYTHON) -m venv --clear $(VENV) </dev/null
-	@$(BIN)/python -m pip install --quiet --editable . </dev/null
+	@$(BIN)/python -m pip install --quiet --editable '.[native]' </dev/null
 	@touch $@
 
 # llama-cpp-python is compiled from source: a few minutes, once.
 $(VENV)/.dev: pyproject.toml | $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --editable '.[dev,llama]' </dev/null
+	$(BIN)/python -m pip install --quiet --editable '.[dev,llama,native]' </dev/null
 	@touch $@
 
 $(VENV)/.openvino: pyproject.toml | $(VENV)/.dev
@@ -43,7 +43,7 @@ $(VENV)/.optimum: pyproject.toml | $(VENV)/.dev
 
 chat: $(VENV)/.core
 	@$(BIN)/edge-spec pull qwen2.5-coder </dev/null
-	@$(BIN)/edge-spec chat
+	@$(BIN)/edge-spec chat --backend auto
 
 test: install
 	@$(BIN)/edge-spec pull smollm2-135m </dev/null

@@ -14,6 +14,7 @@ from typing import Any
 
 from edge_spec.cache_file import CacheFile
 from edge_spec.drafting import Costs
+from edge_spec.cores import processor_features
 from edge_spec.errors import BackendUnavailableError, UsageError
 from edge_spec.export.recipe import Recipe
 from edge_spec.loading import BACKENDS, KV_TYPES, chosen_draft_backend, engine_key, installed_backends
@@ -21,6 +22,7 @@ from edge_spec.processor import cpu_key
 
 AUTO = "auto"
 """The backend that stands for a choice among the others."""
+NATIVE = "native"
 COMPARE = "`edge-spec doctor --compare`"
 TYPICAL_ACCEPTANCE = 0.8
 """Share of the draft's tokens that stand, over tasks of many kinds (docs/performance.md)."""
@@ -107,11 +109,12 @@ def choose_backends(
     """The fastest of the `able` backends for a target of these times, and for its draft.
 
     `draft` is None without a draft model; `draft_backend` is where the user wants it; `plain`: nothing drafts. Where no
-    times are known the first of the able backends is taken.
+    times are known native is taken if it has kernels for this processor, else the first of the able backends.
     """
     timed = {name: target[name] for name in BACKENDS if name in able and name in target}
     if not timed:
-        first = next(name for name in BACKENDS if name in able)
+        quick = NATIVE in able and has_kernels()
+        first = NATIVE if quick else next(name for name in BACKENDS if name in able)
         note = f"backend {AUTO}: nothing was compared on this machine yet, so {first} is taken; {COMPARE} compares"
         return Choice(first, chosen_draft_backend(draft_backend, first), notes=(note,))
     drafting = {name: times for name, times in (draft or {}).items() if draft_backend in (None, name)}
@@ -126,6 +129,11 @@ def choose_backends(
     missing = [name for name in able if name not in target]
     notes = (f"backend {AUTO}: {' and '.join(missing)} not compared yet; {COMPARE} does",) if missing else ()
     return replace(best, notes=notes, has_draft=bool(drafting))
+
+
+def has_kernels() -> bool:
+    """Whether this processor has instructions that the native kernels are written for."""
+    return bool(processor_features() & {"avx2", "asimddp"})
 
 
 def expected_tokens_per_s(target: BackendTimes, draft: BackendTimes | None, *, plain: bool = False) -> float:

@@ -18,7 +18,7 @@ from edge_spec.backend_choice import (
 )
 from edge_spec.cores import RecommendedThreads, check_threads
 from edge_spec.decoding.session import PREFILL_CHUNK
-from edge_spec.errors import UsageError
+from edge_spec.errors import BackendUnavailableError, UsageError
 from edge_spec.export.recipe import Recipe
 from edge_spec.loading import (
     BACKENDS,
@@ -222,7 +222,7 @@ def _recommended_threads(store: Store, backend: str) -> int | None:
     """What `edge-spec doctor` found best here; None where it was not asked, or the backend is not installed."""
     try:
         key = processor_key(backend)
-    except PackageNotFoundError:
+    except (PackageNotFoundError, BackendUnavailableError):
         return None
     return RecommendedThreads(store.cache_dir).get(key)
 

@@ -69,6 +69,7 @@ def source_key() -> str:
     return _key(" ".join(find_compiler()))[:8]
 
 
+@cache
 def _key(compiler: str) -> str:
     told = [compiler, *_FLAGS, *((_HERE / name).read_text("utf-8") for name in _SOURCES)]
     if find_spec("ziglang") is not None:

@@ -147,13 +147,16 @@ static void run_multiply(const multiply_step *s, const pass *p, int unit) {
 
 enum { HEADS_AT_A_TIME = 3, REACHED_AT_A_TIME = 64 };
 
-static int heads_at_a_time(const attention *at) {
-    int group = at->n_head / at->n_kv_head;
-    return group < HEADS_AT_A_TIME ? group : HEADS_AT_A_TIME;
+/* Query heads that share a head of keys, as many as leave work for every thread. */
+static int heads_at_a_time(const attention *at, const pass *p) {
+    int group = at->n_head / at->n_kv_head, size = at->n_head / p->n_threads;
+    if (size > HEADS_AT_A_TIME) size = HEADS_AT_A_TIME;
+    if (size > group) size = group;
+    return size < 1 ? 1 : size;
 }
 
 static void run_attend(const attention *at, const pass *p, int unit) {
-    int group = at->n_head / at->n_kv_head, size = heads_at_a_time(at), units = (group + size - 1) / size;
+    int group = at->n_head / at->n_kv_head, size = heads_at_a_time(at, p), units = (group + size - 1) / size;
     int first = unit / units * group + unit % units * size, end = (unit / units + 1) * group;
     attend_heads(at, first, first + size < end ? size : end - first, p->n_rows, p->past);
 }
@@ -207,7 +210,7 @@ static int units_of(const step *s, const pass *p) {
     case CACHE: return p->n_rows;
     case ATTEND: {
         const attention *of = s->of;
-        int group = of->n_head / of->n_kv_head, size = heads_at_a_time(of);
+        int group = of->n_head / of->n_kv_head, size = heads_at_a_time(of, p);
         return of->n_kv_head * ((group + size - 1) / size);
     }
     case REACH: return ((const reach_step *)s->of)->n / REACHED_AT_A_TIME;
