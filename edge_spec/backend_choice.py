@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_spec.cache_file import CacheFile
-from edge_spec.drafting import Costs
 from edge_spec.cores import processor_features
+from edge_spec.drafting import Costs
 from edge_spec.errors import BackendUnavailableError, UsageError
 from edge_spec.export.recipe import Recipe
 from edge_spec.loading import BACKENDS, KV_TYPES, chosen_draft_backend, engine_key, installed_backends

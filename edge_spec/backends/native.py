@@ -32,7 +32,7 @@ from edge_spec.export.stored import map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.kernels.build import load_library
 from edge_spec.kernels.library import CHUNK
-from edge_spec.kernels.program import Program, check_multiplied
+from edge_spec.kernels.program import Program
 from edge_spec.types import TOP_K, Decoded, Logits, ModelSpec, Output
 
 SCORED_BYTES = 8 << 20
@@ -43,8 +43,7 @@ class NativeModel(PaddedModel):
     """An export on kernels of our own; implements `backends.base.CausalLM`.
 
     `threads` go through a pass together. The kernels are compiled into `kernels_dir` at the first use. Raises
-    BackendUnavailableError where there is no compiler, UnsupportedArchitectureError for an export that only the onnx
-    backend runs.
+    BackendUnavailableError where there is no compiler.
     """
 
     def __init__(
@@ -75,7 +74,6 @@ class NativeModel(PaddedModel):
         library = load_library(kernels_dir)
         self.config = config
         weights = read_weights(export)
-        check_multiplied(weights, name)
         self._parked: ParkedHere[ParkedArrays] = ParkedHere()
         self._source = GGUFFile(export.source_file)
         self._embeddings: Any = EmbeddingTable(export, self._source)

@@ -4,8 +4,8 @@
 
 #include "vectors.h"
 
-/* Rows of levels, each `width` long. In every `paired` of them (64 or 32; 0: none) the even ones come first, then the
-   odd ones, as unpacking 4-bit weights yields them. A row has `blocks` scales, and `lanes` shares: a block's scale times
+/* Rows of levels, each `width` long. In every `paired` of them (64, 32 or 16; 0: none) the even ones come first, then
+   the odd ones, as unpacking 4-bit weights yields them. A row has `blocks` scales, and `lanes` shares: a block's scale times
    the sum of its levels, and zeros up to whole vectors. */
 typedef struct {
     int8_t *levels;
@@ -39,8 +39,9 @@ static void quantise(const activations *to, int row, int block, const float *x) 
         for (int i = 0; i < to->block; i += 64)
             for (int j = 0; j < 32; j++) levels[i + j] = plain[i + 2 * j], levels[i + 32 + j] = plain[i + 2 * j + 1];
     } else {
-        for (int i = 0; i < to->block; i += 32)
-            for (int j = 0; j < 16; j++) levels[i + j] = plain[i + 2 * j], levels[i + 16 + j] = plain[i + 2 * j + 1];
+        int half = to->paired / 2;
+        for (int i = 0; i < to->block; i += to->paired)
+            for (int j = 0; j < half; j++) levels[i + j] = plain[i + 2 * j], levels[i + half + j] = plain[i + 2 * j + 1];
     }
     to->scales[(long)row * to->blocks + block] = scale;
     to->shares[(long)row * to->lanes + block] = scale * (float)sum;

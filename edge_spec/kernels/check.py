@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_spec.kernels.library import LANES, Activations, Kind, Matrix, Multiply, Pass, Rows, Step, Team
 
-_KINDS = ((4, 256), (4, 128), (4, 64), (4, 32), (8, 256), (8, 32))
+_KINDS = ((4, 256), (4, 128), (4, 64), (4, 32), (4, 16), (8, 256), (8, 32), (8, 16))
 """Bits and blocks: every way that weights are unpacked."""
 _WEIGHTS, _ROWS, _BLOCKS = 7, 7, 9
 _TOLERANCE = 1e-5
@@ -44,7 +44,7 @@ def _fault(library: Any, bits: int, block: int) -> str | None:
     expected = np.einsum("wbi,abi->aw", centred, inputs)
     size = np.einsum("wbi,abi->aw", np.abs(centred) + scales[:, :, None] * 16, np.abs(inputs))
 
-    paired = 0 if bits == 8 else 64 if block % 64 == 0 else 32
+    paired = 0 if bits == 8 else min(block, 64)
     stored = levels if not paired else _evens_first(levels, paired)
     packed = weights if bits == 8 else np.ascontiguousarray(weights[:, 0::2] | weights[:, 1::2] << 4)
 

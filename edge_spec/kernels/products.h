@@ -23,9 +23,9 @@ typedef struct {
 
 enum { MOST_ACTIVATIONS = 4 };
 
-/* Rows [row, row + W) of the weights times rows [first, first + A) of the activations. The next tile is fetched in the
+/* Rows [row, row + W) of the weights times rows [first, first + A) of the activations, `vector` weights at a time. The next tile is fetched in the
    meantime: the processor sees W short stretches that are read at once, and guesses no further. */
-INLINE void tile(const matrix *m, const int W, const int A, const int bits, const int paired, long row, long first) {
+INLINE void tile(const matrix *m, const int W, const int A, const int bits, const int vector, long row, long first) {
     const activations *in = m->in;
     const int blocks = m->blocks, width = m->width, block = m->block, row_bytes = width * bits / 8;
     const int8_t *levels = in->levels + first * width;
@@ -52,7 +52,7 @@ INLINE void tile(const matrix *m, const int W, const int A, const int bits, cons
             for (int a = 0; a < A; a++) parts[w][a] = zero4();
         const int end = (b + 1) * block;
         for (int i = b * block; i < end;) {
-            if (bits == 4 && paired == 64) {
+            if (vector == 64) {
                 bytes low[4], high[4];
 #pragma GCC unroll 8
                 for (int w = 0; w < W; w++) {
@@ -67,30 +67,29 @@ INLINE void tile(const matrix *m, const int W, const int A, const int bits, cons
 #pragma GCC unroll 8
                     for (int w = 0; w < W; w++) parts[w][a] = add4(add4(parts[w][a], low[w], even), high[w], odd);
                 }
-                i += 64;
-            } else if (bits == 4) {
-#pragma GCC unroll 8
-                for (int w = 0; w < W; w++) {
-                    const uint8_t *at = packed + (long)w * row_bytes + i / 2;
-                    __builtin_prefetch(at + W * row_bytes);
-                    bytes both = halves(at);
-#pragma GCC unroll 8
-                    for (int a = 0; a < A; a++)
-                        parts[w][a] = add4(parts[w][a], both, load_bytes(levels + (long)a * width + i));
-                }
-                i += 32;
             } else {
 #pragma GCC unroll 8
                 for (int w = 0; w < W; w++) {
-                    const uint8_t *at = packed + (long)w * row_bytes + i;
+                    const uint8_t *at = packed + (long)w * row_bytes + i * bits / 8;
                     __builtin_prefetch(at + W * row_bytes);
-                    weights8 x = prepare8(load_bytes(at));
+                    if (bits == 4) {
+                        bytes x = vector < 32 ? few_halves(at) : halves(at);
 #pragma GCC unroll 8
-                    for (int a = 0; a < A; a++)
-                        parts[w][a] = add8(parts[w][a], x, load_bytes(levels + (long)a * width + i));
+                        for (int a = 0; a < A; a++) {
+                            const int8_t *of = levels + (long)a * width + i;
+                            parts[w][a] = add4(parts[w][a], x, vector < 32 ? load_few(of) : load_bytes(of));
+                        }
+                    } else {
+                        weights8 x = prepare8(vector < 32 ? load_few(at) : load_bytes(at));
+#pragma GCC unroll 8
+                        for (int a = 0; a < A; a++) {
+                            const int8_t *of = levels + (long)a * width + i;
+                            parts[w][a] = add8(parts[w][a], x, vector < 32 ? load_few(of) : load_bytes(of));
+                        }
+                    }
                 }
-                i += 32;
             }
+            i += vector;
         }
 #pragma GCC unroll 8
         for (int w = 0; w < W; w++) {
@@ -112,23 +111,29 @@ INLINE void tile(const matrix *m, const int W, const int A, const int bits, cons
 
 typedef void (*tile_function)(const matrix *, long row, long first);
 
-#define TILE(W, A, BITS, PAIRED)                                                                                       \
-    static void tile_##W##_##A##_##BITS##_##PAIRED(const matrix *m, long row, long first) {                            \
-        tile(m, W, A, BITS, PAIRED, row, first);                                                                       \
+#define TILE(W, A, BITS, VECTOR)                                                                                       \
+    static void tile_##W##_##A##_##BITS##_##VECTOR(const matrix *m, long row, long first) {                            \
+        tile(m, W, A, BITS, VECTOR, row, first);                                                                       \
     }
-#define TILES(A, BITS, PAIRED) TILE(1, A, BITS, PAIRED) TILE(2, A, BITS, PAIRED) TILE(4, A, BITS, PAIRED)
-#define KINDS(A) TILES(A, 4, 64) TILES(A, 4, 32) TILES(A, 8, 0)
+#define TILES(A, BITS, VECTOR) TILE(1, A, BITS, VECTOR) TILE(2, A, BITS, VECTOR) TILE(4, A, BITS, VECTOR)
+#define KINDS(A) TILES(A, 4, 64) TILES(A, 4, 32) TILES(A, 4, 16) TILES(A, 8, 32) TILES(A, 8, 16)
 KINDS(1) KINDS(2) KINDS(3) KINDS(4)
 
-#define ENTRIES(W, BITS, PAIRED)                                                                                       \
-    { tile_##W##_1_##BITS##_##PAIRED, tile_##W##_2_##BITS##_##PAIRED, tile_##W##_3_##BITS##_##PAIRED,                  \
-      tile_##W##_4_##BITS##_##PAIRED }
-#define BY_ROWS(BITS, PAIRED) { ENTRIES(1, BITS, PAIRED), ENTRIES(2, BITS, PAIRED), ENTRIES(4, BITS, PAIRED) }
-static const tile_function tiles[3][3][MOST_ACTIVATIONS] = {BY_ROWS(4, 64), BY_ROWS(4, 32), BY_ROWS(8, 0)};
+#define ENTRIES(W, BITS, VECTOR)                                                                                       \
+    { tile_##W##_1_##BITS##_##VECTOR, tile_##W##_2_##BITS##_##VECTOR, tile_##W##_3_##BITS##_##VECTOR,                  \
+      tile_##W##_4_##BITS##_##VECTOR }
+#define BY_ROWS(BITS, VECTOR) { ENTRIES(1, BITS, VECTOR), ENTRIES(2, BITS, VECTOR), ENTRIES(4, BITS, VECTOR) }
+static const tile_function tiles[5][3][MOST_ACTIVATIONS] = {BY_ROWS(4, 64), BY_ROWS(4, 32), BY_ROWS(4, 16),
+                                                            BY_ROWS(8, 32), BY_ROWS(8, 16)};
+
+static int kind_of(const matrix *m) {
+    if (m->bits == 8) return m->block < 32 ? 4 : 3;
+    return m->in->paired == 64 ? 0 : m->in->paired == 32 ? 1 : 2;
+}
 
 /* Rows [begin, end) of a matrix times all n rows of its activations. */
 static void multiply_rows(const matrix *m, long begin, long end, int n) {
-    const tile_function (*of)[MOST_ACTIVATIONS] = tiles[m->bits == 8 ? 2 : m->in->paired == 64 ? 0 : 1];
+    const tile_function (*of)[MOST_ACTIVATIONS] = tiles[kind_of(m)];
     for (int first = 0; first < n; first += MOST_ACTIVATIONS) {
         int count = n - first < MOST_ACTIVATIONS ? n - first : MOST_ACTIVATIONS;
         /* As many rows of weights as leave room in the registers; what is left one by one. */

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from edge_spec.errors import UnsupportedArchitectureError
 from edge_spec.export.architecture import DecoderConfig
 from edge_spec.export.graph import HEAD, StoredMatrix, Weights
 from edge_spec.export.quantize import unpack_levels
@@ -38,22 +37,6 @@ from edge_spec.kernels.library import (
 Floats: TypeAlias = NDArray[np.float32]
 _Format = tuple[int, int]
 """How activations are quantised: in blocks of so many, the even ones first in every so many (see `Activations`)."""
-
-
-def check_multiplied(weights: Weights, name: str) -> None:
-    """UnsupportedArchitectureError unless the kernels multiply every matrix as it is stored."""
-    for parts in weights.matrices.values():
-        for part in parts:
-            if part.block < 32:
-                raise UnsupportedArchitectureError(
-                    f"the native backend does not run {name}: weights in blocks of {part.block}; "
-                    "the onnx backend runs it (--backend onnx)"
-                )
-            if part.bits == 8 and part.zeros is not None:
-                raise UnsupportedArchitectureError(
-                    f"the native backend does not run {name}: 8-bit weights with zero points; "
-                    "the onnx backend runs it (--backend onnx)"
-                )
 
 
 class Program:
@@ -338,10 +321,13 @@ class Program:
     def _lows(self, part: StoredMatrix) -> int | None:
         """What a block's level 0 stands for, [n_rows, lanes]; None where the kernels take levels as they are meant."""
         blocks = part.row_length // part.block
-        zeros = 8 if part.bits == 4 else self._library.edge_spec_zero8()
+        # 8-bit levels are taken as they are by some processors' kernels, and less 128 by others.
+        taken_off = 0 if part.bits == 4 else 128 - self._library.edge_spec_zero8()
+        zeros: Any = np.float32((1 << (part.bits - 1)) - taken_off)
         if part.zeros is not None:
             packed = self._mapped[part.zeros.offset :][: part.zeros.length]
-            zeros = unpack_levels(packed.reshape(part.n_rows, -1), part.bits)[:, :blocks].astype(np.float32)
+            levels = unpack_levels(packed.reshape(part.n_rows, -1), part.bits)[:, :blocks]
+            zeros = levels.astype(np.float32) - taken_off
         elif not zeros:
             return None
         scales = self._mapped[part.scales.offset :][: part.scales.length].view(np.float32)
@@ -379,7 +365,5 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _format(part: StoredMatrix) -> _Format:
-    """What a matrix takes: 4-bit weights lie in pairs, 64 of which are unpacked at a time where a block has so many."""
-    if part.bits == 8:
-        return part.block, 0
-    return part.block, 64 if part.block % 64 == 0 else 32
+    """What a matrix takes: 4-bit weights lie in pairs, and up to 64 are unpacked at a time."""
+    return part.block, 0 if part.bits == 8 else min(part.block, 64)

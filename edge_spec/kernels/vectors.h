@@ -49,6 +49,13 @@ INLINE bytes halves(const uint8_t *p) {
     return low_halves(_mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1));
 }
 
+/* 16 bytes, and of 8 bytes the low halves and behind them the high ones; zeros behind them. */
+INLINE bytes load_few(const void *p) { return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)p)); }
+INLINE bytes few_halves(const uint8_t *p) {
+    __m128i x = _mm_loadl_epi64((const __m128i *)p);
+    return low_halves(_mm256_zextsi128_si256(_mm_unpacklo_epi64(x, _mm_srli_epi16(x, 4))));
+}
+
 typedef __m256i sum4, sum8;
 INLINE sum4 zero4(void) { return _mm256_setzero_si256(); }
 INLINE sum8 zero8(void) { return _mm256_setzero_si256(); }
@@ -124,6 +131,13 @@ INLINE bytes halves(const uint8_t *p) {
     return (bytes){{vandq_s8(x, vdupq_n_s8(15)), shifted(x)}};
 }
 
+INLINE bytes load_few(const void *p) { return (bytes){{vld1q_s8((const int8_t *)p), vdupq_n_s8(0)}}; }
+INLINE bytes few_halves(const uint8_t *p) {
+    uint8x8_t x = vld1_u8(p);
+    uint8x16_t both = vcombine_u8(vand_u8(x, vdup_n_u8(15)), vshr_n_u8(x, 4));
+    return (bytes){{vreinterpretq_s8_u8(both), vdupq_n_s8(0)}};
+}
+
 typedef int32x4_t sum4, sum8;
 typedef bytes weights8;
 INLINE sum4 zero4(void) { return vdupq_n_s32(0); }
@@ -166,6 +180,13 @@ INLINE bytes high_halves(bytes x) { for (int i = 0; i < 32; i++) x.of[i] >>= 4; 
 INLINE bytes halves(const uint8_t *p) {
     bytes x;
     for (int i = 0; i < 16; i++) x.of[i] = p[i] & 15, x.of[16 + i] = p[i] >> 4;
+    return x;
+}
+
+INLINE bytes load_few(const void *p) { bytes x = {{0}}; memcpy(&x, p, 16); return x; }
+INLINE bytes few_halves(const uint8_t *p) {
+    bytes x = {{0}};
+    for (int i = 0; i < 8; i++) x.of[i] = p[i] & 15, x.of[8 + i] = p[i] >> 4;
     return x;
 }
 
