@@ -43,7 +43,7 @@ $(VENV)/.optimum: pyproject.toml | $(VENV)/.dev
 
 chat: $(VENV)/.core
 	@$(BIN)/edge-spec pull qwen2.5-coder </dev/null
-	@$(BIN)/edge-spec chat --backend auto
+	@$(BIN)/edge-spec chat
 
 test: install
 	@$(BIN)/edge-spec pull smollm2-135m </dev/null

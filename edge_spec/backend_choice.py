@@ -113,8 +113,9 @@ def choose_backends(
     """
     timed = {name: target[name] for name in BACKENDS if name in able and name in target}
     if not timed:
-        quick = NATIVE in able and has_kernels()
-        first = NATIVE if quick else next(name for name in BACKENDS if name in able)
+        if NATIVE in able and has_kernels():
+            return Choice(NATIVE, chosen_draft_backend(draft_backend, NATIVE))
+        first = next(name for name in BACKENDS if name in able)
         note = f"backend {AUTO}: nothing was compared on this machine yet, so {first} is taken; {COMPARE} compares"
         return Choice(first, chosen_draft_backend(draft_backend, first), notes=(note,))
     drafting = {name: times for name, times in (draft or {}).items() if draft_backend in (None, name)}

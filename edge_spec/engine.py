@@ -95,7 +95,7 @@ class Engine:
         target: str | Path | None = None,
         draft: str | Path | None = None,
         smaller_drafts: Sequence[str | Path] = (),
-        backend: str = "onnx",
+        backend: str = "auto",
         draft_backend: str | None = None,
         drafter: str = "auto",
         draft_tokens: int | None = None,
@@ -112,13 +112,14 @@ class Engine:
         """Load a pair by its name (default: qwen2.5-coder), or `target` and, if wanted, `draft`.
 
         Models are names, hub references that were pulled, paths of GGUF files or of exports. The first load of a GGUF
-        on the onnx or openvino backend exports it into the store.
+        on any backend but llama exports it into the store.
 
         `smaller_drafts`, the best first, are for where memory is short: the first that fits takes the draft's place
         before drafts are given up. A pair's manifest may name them too.
 
-        `backend` is "onnx", "openvino", "llama", or "auto": what `edge-spec doctor --compare` found fastest on this
-        machine for these models, of what is installed and can do what is asked for; onnx where it was not asked.
+        `backend` is "native", "onnx", "openvino", "llama", or "auto": what `edge-spec doctor --compare` found fastest on
+        this machine for these models, of what is installed and can do what is asked for; where it was not asked,
+        native if its kernels know this processor and there is a compiler, else onnx.
         `draft_backend` defaults to `backend`, and to onnx where that is openvino.
 
         `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
@@ -129,8 +130,8 @@ class Engine:
         source has more than 6. `pad_rows=False` gives up bit-for-bit equality between drafters at temperature 0 for a
         little speed of plain decoding.
 
-        `kv` is what keys and values are stored as, the draft's too where it runs on the same backend: "f32" or "q8" on
-        onnx, "f32", "f16" or "u8" on openvino, "f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1" or "q4_0" on llama,
+        `kv` is what keys and values are stored as, the draft's too where it runs on the same backend: "f32" on native,
+        "f32" or "q8" on onnx, "f32", "f16" or "u8" on openvino, "f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1" or "q4_0" on llama,
         the first of each unless given.
         Fewer bits take less memory and change the text; with "u8" it depends on the drafter too.
 

@@ -59,7 +59,7 @@ class LoadOptions:
     target: str | Path | None = None
     draft: str | Path | None = None
     smaller_drafts: tuple[str | Path, ...] = ()
-    backend: str = "onnx"
+    backend: str = AUTO
     draft_backend: str | None = None
     drafter: str = "auto"
     draft_tokens: int | None = None

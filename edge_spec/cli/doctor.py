@@ -41,7 +41,7 @@ def doctor(
     pair: options.PairOption = None,
     target: options.TargetOption = None,
     draft: options.DraftOption = None,
-    backend: options.BackendOption = BackendChoice.ONNX,
+    backend: options.BackendOption = BackendChoice.AUTO,
     draft_backend: options.DraftBackendOption = None,
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,
@@ -57,7 +57,7 @@ def doctor(
 
     if only is not None and not compare:
         raise UsageError("--only is for --compare")
-    if compare and (backend is not BackendChoice.ONNX or draft_backend is not None):
+    if compare and (backend is not BackendChoice.AUTO or draft_backend is not None):
         raise UsageError("--compare takes every backend that is installed: drop --backend and --draft-backend")
     store, progress = Store(), ProgressDisplay()
     asked = LoadOptions(

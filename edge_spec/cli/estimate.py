@@ -46,7 +46,7 @@ def estimate(
     draft: Annotated[str | None, typer.Option(help="The draft model, named like the model.")] = None,
     backend: Annotated[
         BackendChoice, typer.Option(help="The library that would run it; auto: as it would be chosen on this machine.")
-    ] = BackendChoice.ONNX,
+    ] = BackendChoice.AUTO,
     draft_backend: Annotated[
         BackendName | None, typer.Option(help="The draft's (default: the target's; onnx beside openvino).")
     ] = None,

@@ -37,7 +37,7 @@ def generate(
     pair: options.PairOption = None,
     target: options.TargetOption = None,
     draft: options.DraftOption = None,
-    backend: options.BackendOption = BackendChoice.ONNX,
+    backend: options.BackendOption = BackendChoice.AUTO,
     draft_backend: options.DraftBackendOption = None,
     recipe: options.RecipeOption = None,
     threads: options.ThreadsOption = None,
