@@ -82,6 +82,15 @@ def test_without_times_the_first_able_backend_is_taken_at_once_and_said() -> Non
     assert choose_backends(("openvino",), {}, None).draft_backend == "onnx"
 
 
+@pytest.mark.parametrize(("features", "taken"), [({"avx2"}, "native"), ({"asimddp"}, "native"), ({"sse2"}, "onnx")])
+def test_without_times_native_is_taken_where_its_kernels_know_the_processor(
+    monkeypatch: pytest.MonkeyPatch, features: set[str], taken: str
+) -> None:
+    monkeypatch.setattr(backend_choice, "processor_features", lambda: frozenset(features))
+    choice = choose_backends(("onnx", "native", "llama"), {}, DRAFT)
+    assert (choice.backend, choice.draft_backend, bool(choice.notes)) == (taken, taken, taken != "native")
+
+
 def test_a_backend_that_was_not_compared_is_named() -> None:
     choice = choose_backends(ALL, {"onnx": STEEP, "llama": SLOW}, DRAFT)
     assert choice.backend == "onnx"
@@ -143,7 +152,7 @@ def test_a_request_follows_the_profile_and_keeps_what_was_asked_for(model: Path)
     assert resolve(LoadOptions(target=model, draft=model, backend=AUTO, kv="q8"), store).backend == "onnx"
     other = resolve(LoadOptions(target=model, draft=model, backend=AUTO, recipe="int8"), store)
     assert (other.backend, bool(other.notes)) == ("onnx", True)
-    assert resolve(LoadOptions(target=model, draft=model), store).backend == "onnx"
+    assert resolve(LoadOptions(target=model, draft=model, backend="onnx"), store).backend == "onnx"
 
 
 def test_an_engine_on_auto_loads_at_once_and_says_which(model: Path) -> None:

@@ -274,7 +274,9 @@ def test_the_engine_exports_a_checkpoint_at_its_first_use_and_drafts_with_one(
     gguf, checkpoint = pair(tmp_path, "qwen2", dtype="F32")
     texts = []
     for draft, drafter in ((None, "lookup"), (checkpoint, "model")):
-        with Engine.load(target=checkpoint, draft=draft, drafter=drafter, n_ctx=96, threads=1) as engine:
+        with Engine.load(
+            target=checkpoint, draft=draft, drafter=drafter, n_ctx=96, threads=1, backend="onnx"
+        ) as engine:
             result = engine.generate("the list the list", max_tokens=24)
             assert (result.recipe, result.backend) == ("int8", "onnx")
             texts.append(result.text)

@@ -73,7 +73,7 @@ def test_load_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         "pair": "p",
         "target": None,
         "draft": "d",
-        "backend": "onnx",
+        "backend": "auto",
         "draft_backend": None,
         "drafter": "lookup",
         "draft_tokens": None,

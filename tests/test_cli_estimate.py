@@ -126,7 +126,7 @@ def test_training_is_counted_instead(run: Run, model: str, kind: str) -> None:
         ("--ctx", "100000"),
         ("--parked", "some"),
         ("--kv", "q9_0"),
-        ("--kv", "q8_0"),
+        ("--backend", "onnx", "--kv", "q8_0"),
         ("--backend", "llama", "--recipe", "int4"),
         ("--draft-backend", "llama"),
         ("--recipe", "int3"),

@@ -95,7 +95,7 @@ def test_defaults_leave_every_choice_to_the_engine(engine: FakeEngine) -> None:
         "pair": None,
         "target": None,
         "draft": None,
-        "backend": "onnx",
+        "backend": "auto",
         "draft_backend": None,
         "drafter": "auto",
         "draft_tokens": None,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from edge_spec import Engine, FinishReason, SamplingParams
+from edge_spec.backends.native import NativeModel
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import (
     ContextLengthError,
@@ -20,7 +21,7 @@ from edge_spec.errors import (
     UsageError,
     VocabMismatchError,
 )
-from edge_spec.types import Decoded, Output
+from edge_spec.types import Output
 from tests.tiny_models import tiny_vocabulary, write_tiny_gguf
 
 PROMPTS = ("def merge", "list of the list of the list", "Is it sorted? Is it in order?", "ä é 日 🙂")
@@ -42,12 +43,18 @@ def _home(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_SPEC_HOME", str(models / "home"))
 
 
+@pytest.fixture(scope="module", params=["native", "onnx"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Those that run exports, and need nothing beside what the tests have."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def engine(models: Path) -> Iterator[Engine]:
+def engine(models: Path, backend: str) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGE_SPEC_HOME", str(models / "home"))
         with Engine.load(
-            target=models / "target.gguf", draft=models / "draft.gguf", recipe="int8", threads=1
+            target=models / "target.gguf", draft=models / "draft.gguf", recipe="int8", threads=1, backend=backend
         ) as loaded:
             yield loaded
 
@@ -56,14 +63,19 @@ def engine(models: Path) -> Iterator[Engine]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Every pass of a model, as (its name, tokens read)."""
     passes: list[tuple[str, int]] = []
-    original = OnnxModel.decode
+    for model in (NativeModel, OnnxModel):
+        _record(monkeypatch, model, passes)
+    return passes
 
-    def record(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
+
+def _record(monkeypatch: pytest.MonkeyPatch, model: Any, passes: list[tuple[str, int]]) -> None:
+    original = model.decode
+
+    def record(self: Any, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Any:
         passes.append((self.spec.name, len(tokens)))
         return original(self, tokens, rows=rows, want=want)
 
-    monkeypatch.setattr(OnnxModel, "decode", record)
-    return passes
+    monkeypatch.setattr(model, "decode", record)
 
 
 # What is written
@@ -110,8 +122,8 @@ def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
     assert result.text == whole.text[: whole.text.index(stop)]
 
 
-def test_the_figures_add_up(engine: Engine) -> None:
-    result = engine.generate(PROMPTS[0], max_tokens=25)
+def test_the_figures_add_up(engine: Engine, backend: str) -> None:
+    result = engine.generate(PROMPTS[0], max_tokens=25, drafter="model")
     assert result.finish_reason is FinishReason.LENGTH
     assert result.generated_tokens == len(result.token_ids) == 25
     assert result.steps + result.accepted == 25
@@ -121,7 +133,7 @@ def test_the_figures_add_up(engine: Engine) -> None:
     assert sum(stats.steps for stats in result.drafters.values()) == result.steps
     assert 0 < result.ttft_s <= result.total_s
     assert result.peak_rss_bytes > 1 << 20
-    assert (result.target, result.draft, result.backend, result.recipe) == ("target", "draft", "onnx", "int8")
+    assert (result.target, result.draft, result.backend, result.recipe) == ("target", "draft", backend, "int8")
 
 
 def test_a_raw_prompt_is_continued_without_a_template(engine: Engine) -> None:
@@ -177,12 +189,10 @@ def test_an_abandoned_stream_leaves_a_usable_engine(engine: Engine) -> None:
     assert engine.generate(PROMPTS[2], max_tokens=20).token_ids == expected
 
 
-def test_unpadded_passes_are_as_wide_as_their_rows_and_leave_nothing_behind(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Engine.load(target=models / "target.gguf", recipe="int8", drafter="lookup", threads=1) as engine:
-        model = engine._target._model
-        assert isinstance(model, OnnxModel)
+def test_unpadded_passes_are_as_wide_as_their_rows_and_leave_nothing_behind(models: Path, backend: str) -> None:
+    loading: dict[str, Any] = {"target": models / "target.gguf", "recipe": "int8", "backend": backend}
+    with Engine.load(**loading, drafter="lookup", threads=1) as engine:
+        model: Any = engine._target._model
         model.align_rows(4)  # whatever this machine would need
         padded = engine.generate(PROMPTS[1], max_tokens=12)
         with engine.unpadded():
@@ -329,7 +339,7 @@ IN_TURN = [(turn % 3, f"{turn} {PROMPTS[turn % 3]} " * 5) for turn in range(9)]
 
 @pytest.mark.parametrize("drafter", ["none", "model", "auto"])
 def test_chats_in_turn_read_only_what_is_new_and_write_what_each_writes_alone(
-    models: Path, engine: Engine, decoded: list[tuple[str, int]], drafter: str
+    models: Path, engine: Engine, backend: str, decoded: list[tuple[str, int]], drafter: str
 ) -> None:
     alone = talk(engine, sorted(IN_TURN, key=lambda asked: asked[0]), drafter=drafter)
     expected = [alone[3 * (turn % 3) + turn // 3] for turn in range(9)]
@@ -338,7 +348,12 @@ def test_chats_in_turn_read_only_what_is_new_and_write_what_each_writes_alone(
         return sum(count for who, count in decoded if who == name)
 
     with Engine.load(
-        target=models / "target.gguf", draft=models / "draft.gguf", recipe="int8", threads=1, parked="64MiB"
+        target=models / "target.gguf",
+        draft=models / "draft.gguf",
+        recipe="int8",
+        threads=1,
+        parked="64MiB",
+        backend=backend,
     ) as parking:
         decoded.clear()
         assert talk(parking, IN_TURN, drafter=drafter) == expected
@@ -482,7 +497,7 @@ def test_a_padded_tail_does_not_matter(models: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"backend": "cuda"}, "onnx, openvino, llama"),
+        ({"backend": "cuda"}, "onnx, native, openvino, llama"),
         ({"drafter": "magic"}, "none, lookup, reference, history, model, cascade, auto"),
         ({"drafter": "model"}, "needs a draft model"),
         ({"drafter": "none", "draft": "draft.gguf"}, "no use for a draft"),
@@ -495,7 +510,7 @@ def test_a_padded_tail_does_not_matter(models: Path, tmp_path: Path) -> None:
         ({"draft_tokens": 0}, "draft_tokens=0"),
         ({"drafter": "lookup", "draft_tokens": 3}, "no draft model"),
         ({"drafter": "lookup", "draft_backend": "onnx"}, "draft_backend is for the draft"),
-        ({"draft": "draft.gguf", "draft_backend": "cuda"}, "onnx, openvino, llama"),
+        ({"draft": "draft.gguf", "draft_backend": "cuda"}, "onnx, native, openvino, llama"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(models: Path, options: dict[str, object], says: str) -> None:
@@ -553,7 +568,8 @@ def test_both_backends_answer_through_the_same_engine(models: Path) -> None:
 
 def test_a_draft_may_run_on_another_backend_and_both_are_named(models: Path) -> None:
     target, draft = models / "target.gguf", models / "draft.gguf"
-    with Engine.load(target=target, draft=draft, draft_backend="llama", recipe="int8", threads=1) as engine:
+    loading: dict[str, Any] = {"backend": "onnx", "draft_backend": "llama", "recipe": "int8"}
+    with Engine.load(target=target, draft=draft, threads=1, **loading) as engine:
         plain = engine.generate(PROMPTS[0], max_tokens=20, drafter="none")
         drafted = engine.generate(PROMPTS[0], max_tokens=20, drafter="model")
     assert plain.token_ids == drafted.token_ids

@@ -104,6 +104,8 @@ def estimate(
         )
         _tell_training(estimate_training(target, chosen), budget_bytes, as_json=as_json)
         return
+    if draft_backend is not None and draft is None:
+        raise UsageError("--draft-backend is for the draft model, and none is named")
     library, drafts_library = backend.value, draft_backend.value if draft_backend else None
     if backend is BackendChoice.AUTO:
         library, drafts_library = _choose(
@@ -189,8 +191,6 @@ def _count(
     from edge_spec.memory.locate import find_facts
     from edge_spec.memory.parts import Settings
 
-    if draft_backend is not None and draft is None:
-        raise UsageError("--draft-backend is for the draft model, and none is named")
     if recipe is not None and (backend == "llama" or target.recipe is not None):
         raise UsageError("--recipe is for a model that is exported; this one is run as it is")
     if ctx is not None and ctx > target.n_ctx_train:

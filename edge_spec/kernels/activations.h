@@ -5,8 +5,8 @@
 #include "vectors.h"
 
 /* Rows of levels, each `width` long. In every `paired` of them (64, 32 or 16; 0: none) the even ones come first, then
-   the odd ones, as unpacking 4-bit weights yields them. A row has `blocks` scales, and `lanes` shares: a block's scale times
-   the sum of its levels, and zeros up to whole vectors. */
+   the odd ones, as unpacking 4-bit weights yields them. A row has `blocks` scales, and `lanes` shares: a block's scale
+   times the sum of its levels, and zeros up to whole vectors. */
 typedef struct {
     int8_t *levels;
     float *scales, *shares;

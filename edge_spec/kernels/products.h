@@ -23,8 +23,9 @@ typedef struct {
 
 enum { MOST_ACTIVATIONS = 4 };
 
-/* Rows [row, row + W) of the weights times rows [first, first + A) of the activations, `vector` weights at a time. The next tile is fetched in the
-   meantime: the processor sees W short stretches that are read at once, and guesses no further. */
+/* Rows [row, row + W) of the weights times rows [first, first + A) of the activations, `vector` weights at a time. The
+   next tile is fetched in the meantime: the processor sees W short stretches that are read at once, and guesses no
+   further. */
 INLINE void tile(const matrix *m, const int W, const int A, const int bits, const int vector, long row, long first) {
     const activations *in = m->in;
     const int blocks = m->blocks, width = m->width, block = m->block, row_bytes = width * bits / 8;
@@ -115,16 +116,23 @@ typedef void (*tile_function)(const matrix *, long row, long first);
     static void tile_##W##_##A##_##BITS##_##VECTOR(const matrix *m, long row, long first) {                            \
         tile(m, W, A, BITS, VECTOR, row, first);                                                                       \
     }
-#define TILES(A, BITS, VECTOR) TILE(1, A, BITS, VECTOR) TILE(2, A, BITS, VECTOR) TILE(4, A, BITS, VECTOR)
-#define KINDS(A) TILES(A, 4, 64) TILES(A, 4, 32) TILES(A, 4, 16) TILES(A, 8, 32) TILES(A, 8, 16)
-KINDS(1) KINDS(2) KINDS(3) KINDS(4)
+#define SINGLES(BITS, VECTOR)                                                                                          \
+    TILE(1, 1, BITS, VECTOR) TILE(1, 2, BITS, VECTOR) TILE(1, 3, BITS, VECTOR) TILE(1, 4, BITS, VECTOR)
+#define SEVERAL(BITS, VECTOR)                                                                                          \
+    TILE(4, 1, BITS, VECTOR) TILE(4, 2, BITS, VECTOR) TILE(2, 3, BITS, VECTOR) TILE(2, 4, BITS, VECTOR)
+#define KIND(BITS, VECTOR) SINGLES(BITS, VECTOR) SEVERAL(BITS, VECTOR)
+KIND(4, 64) KIND(4, 32) KIND(4, 16) KIND(8, 32) KIND(8, 16)
 
-#define ENTRIES(W, BITS, VECTOR)                                                                                       \
-    { tile_##W##_1_##BITS##_##VECTOR, tile_##W##_2_##BITS##_##VECTOR, tile_##W##_3_##BITS##_##VECTOR,                  \
-      tile_##W##_4_##BITS##_##VECTOR }
-#define BY_ROWS(BITS, VECTOR) { ENTRIES(1, BITS, VECTOR), ENTRIES(2, BITS, VECTOR), ENTRIES(4, BITS, VECTOR) }
-static const tile_function tiles[5][3][MOST_ACTIVATIONS] = {BY_ROWS(4, 64), BY_ROWS(4, 32), BY_ROWS(4, 16),
-                                                            BY_ROWS(8, 32), BY_ROWS(8, 16)};
+#define ENTRIES(BITS, VECTOR)                                                                                          \
+    { { tile_1_1_##BITS##_##VECTOR, tile_1_2_##BITS##_##VECTOR, tile_1_3_##BITS##_##VECTOR,                            \
+        tile_1_4_##BITS##_##VECTOR },                                                                                  \
+      { tile_4_1_##BITS##_##VECTOR, tile_4_2_##BITS##_##VECTOR, tile_2_3_##BITS##_##VECTOR,                            \
+        tile_2_4_##BITS##_##VECTOR } }
+/* By kind, by whether it is of a single row of weights, and by rows of activations. */
+static const tile_function tiles[5][2][MOST_ACTIVATIONS] = {ENTRIES(4, 64), ENTRIES(4, 32), ENTRIES(4, 16),
+                                                            ENTRIES(8, 32), ENTRIES(8, 16)};
+/* Of the other ones: as many rows of weights as leave room in the registers. */
+static const int several[MOST_ACTIVATIONS] = {4, 4, 2, 2};
 
 static int kind_of(const matrix *m) {
     if (m->bits == 8) return m->block < 32 ? 4 : 3;
@@ -136,10 +144,9 @@ static void multiply_rows(const matrix *m, long begin, long end, int n) {
     const tile_function (*of)[MOST_ACTIVATIONS] = tiles[kind_of(m)];
     for (int first = 0; first < n; first += MOST_ACTIVATIONS) {
         int count = n - first < MOST_ACTIVATIONS ? n - first : MOST_ACTIVATIONS;
-        /* As many rows of weights as leave room in the registers; what is left one by one. */
-        int most = count < 3 ? 4 : 2, wide = count < 3 ? 2 : 1;
+        int most = several[count - 1];
         long row = begin;
-        for (; row + most <= end; row += most) of[wide][count - 1](m, row, first);
+        for (; row + most <= end; row += most) of[1][count - 1](m, row, first);
         for (; row < end; row++) of[0][count - 1](m, row, first);
     }
 }
