@@ -8,6 +8,7 @@ from edge_spec.backends.alignment import MAX_ALIGNMENT
 from edge_spec.errors import UsageError
 from edge_spec.export.graph import StoredMatrix
 from edge_spec.export.recipe import Recipe
+from edge_spec.kernels.library import CHUNK
 from edge_spec.memory import compute, runtime
 from edge_spec.memory.exporting import export_bytes
 from edge_spec.memory.facts import ModelFacts, Origin
@@ -125,21 +126,24 @@ def _onnx_parts(model: _Model) -> list[Component]:
 
 
 def _native_parts(model: _Model) -> list[Component]:
-    facts, settings = model.facts, model.settings
+    facts, settings, config = model.facts, model.settings, model.facts.config
+    assert config is not None, "what has matrices has a decoder"
     matrices = model.matrices()
-    weights = native_weights(matrices)
+    weights = native_weights(matrices, settings.machine, settings.cpu_features)
+    buffers, whole = (compute.native_activations(config, matrices, n) for n in (settings.batch, CHUNK))
+    allocated, touched = compute.native_logits(config, head_rows(facts, matrices), settings.max_rows)
     return [
         model.part(
             "weights",
-            weights.anonymous,
+            weights.anonymous + compute.vector_bytes(facts),
             mapped_bytes=weights.mapped,
             touched_bytes=weights.touched,
             load_bytes=export_bytes(facts, settings.threads),
         ),
         model.cache(),
         model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx)),
-        model.part("compute buffers", compute.native_activations(facts, matrices, settings.batch), filled_later=True),
-        model.logits(matrices),
+        model.part("compute buffers", buffers, reserved_bytes=whole - buffers, filled_later=True),
+        model.part("logits", touched, reserved_bytes=allocated - touched, filled_later=True),
         model.embedding(),
         model.library(),
     ]
