@@ -127,8 +127,8 @@ def _onnx_parts(model: _Model) -> list[Component]:
 
 def _native_parts(model: _Model) -> list[Component]:
     facts, settings, config = model.facts, model.settings, model.facts.config
-    assert config is not None, "what has matrices has a decoder"
     matrices = model.matrices()
+    assert config is not None, "what has matrices has a decoder"
     weights = native_weights(matrices, settings.machine, settings.cpu_features)
     buffers, whole = (compute.native_activations(config, matrices, n) for n in (settings.batch, CHUNK))
     allocated, touched = compute.native_logits(config, head_rows(facts, matrices), settings.max_rows)
