@@ -84,17 +84,25 @@ def native_activations(config: DecoderConfig, matrices: tuple[StoredMatrix, ...]
 
 def native_logits(config: DecoderConfig, rows: int, max_rows: int) -> tuple[int, int]:
     """Logits that the native kernels write, and the states they are made of, as they are allocated and as far as a
-    pass that returns `max_rows` touches them: there is room for more, to score a text with. `rows`: the head's."""
+    pass that returns `max_rows` touches them: there is room for more, to score a text with. `rows`: the head's.
+
+    Beside those of a trimmed head there are logits of tokens that were reached, and of each row the best.
+    """
     max_rows = round_up(max_rows, MAX_ALIGNMENT)
     scored = max(max_rows, min(64, NATIVE_SCORED_BYTES // (4 * rows)))
+    row = 4 * (rows + config.hidden + 1)
+    if rows < config.n_vocab:
+        row += 4 * REACHED_ROWS + 12 * min(TOP_K, rows)
+    return scored * row, max_rows * row
+
+
+def native_trimmed_head(config: DecoderConfig, rows: int, max_rows: int) -> int:
+    """What `backends.trimmed_head` holds: ids, which tokens are known, rows of those that were reached; and rows as
+    long as the vocabulary, which reading a prompt in several passes makes, though none is asked for."""
     if rows == config.n_vocab:
-        row = 4 * (rows + config.hidden)
-        return scored * row, max_rows * row
-    # Beside a trimmed head the tokens that were reached, and the best; its ids, and which tokens are known. Reading a
-    # prompt in several passes makes rows as long as the vocabulary, though none is asked for.
-    row = 4 * (rows + REACHED_ROWS + config.hidden) + 12 * TOP_K + 4
-    kept = 8 * rows + config.n_vocab + REACHED_ROWS * (4 * config.hidden + 12) + 4 * max_rows * config.n_vocab
-    return scored * row + kept, max_rows * row + kept
+        return 0
+    spread = 4 * round_up(max_rows, MAX_ALIGNMENT) * config.n_vocab
+    return 8 * rows + config.n_vocab + REACHED_ROWS * (4 * config.hidden + 12) + spread
 
 
 def vector_bytes(facts: ModelFacts) -> int:

@@ -131,7 +131,9 @@ def _native_parts(model: _Model) -> list[Component]:
     assert config is not None, "what has matrices has a decoder"
     weights = native_weights(matrices, settings.machine, settings.cpu_features)
     buffers, whole = (compute.native_activations(config, matrices, n) for n in (settings.batch, CHUNK))
-    allocated, touched = compute.native_logits(config, head_rows(facts, matrices), settings.max_rows)
+    rows = head_rows(facts, matrices)
+    allocated, touched = compute.native_logits(config, rows, settings.max_rows)
+    logits = touched + compute.native_trimmed_head(config, rows, settings.max_rows)
     return [
         model.part(
             "weights",
@@ -143,7 +145,7 @@ def _native_parts(model: _Model) -> list[Component]:
         model.cache(),
         model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx)),
         model.part("compute buffers", buffers, reserved_bytes=whole - buffers, filled_later=True),
-        model.part("logits", touched, reserved_bytes=allocated - touched, filled_later=True),
+        model.part("logits", logits, reserved_bytes=allocated - touched, filled_later=True),
         model.embedding(),
         model.library(),
     ]

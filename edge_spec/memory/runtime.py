@@ -25,8 +25,8 @@ TOKENIZER_BUILD_PER_TOKEN = 340
 LIBRARY = {"onnx": 1 * MIB, "native": 1 * MIB, "openvino": 30 * MIB, "llama": 3 * MIB}
 """A backend's library itself: relocated data, allocator, thread stacks that were touched."""
 
-SESSION = {"onnx": 1 * MIB, "native": 1 * MIB, "openvino": 5 * MIB, "llama": 1 * MIB}
-SESSION_PER_LAYER = {"onnx": 110 << 10, "native": 40 << 10, "openvino": 200 << 10, "llama": 24 << 10}
+SESSION = {"onnx": 1 * MIB, "native": MIB // 4, "openvino": 5 * MIB, "llama": 1 * MIB}
+SESSION_PER_LAYER = {"onnx": 110 << 10, "native": 16 << 10, "openvino": 200 << 10, "llama": 24 << 10}
 """The graph of one model inside its library."""
 
 LLAMA_VOCABULARY_PER_TOKEN = 215
