@@ -79,6 +79,8 @@ class _Model:
     def embedding(self) -> Component:
         """The table stays in the mapped GGUF; a pass dequantises the rows of its tokens, and some are kept."""
         table, batch = self.facts.embedding, self.settings.batch + MAX_ALIGNMENT
+        if self.backend == "native":  # in passes of its own, of so many at most
+            batch = min(batch, CHUNK)
         return self.part(
             "embedding",
             (3 * batch + runtime.KEPT_EMBEDDINGS) * self.facts.hidden * 4,
@@ -131,6 +133,8 @@ def _native_parts(model: _Model) -> list[Component]:
     assert config is not None, "what has matrices has a decoder"
     weights = native_weights(matrices, settings.machine, settings.cpu_features)
     buffers, whole = (compute.native_activations(config, matrices, n) for n in (settings.batch, CHUNK))
+    # The draft shares the target's tokenizer, and the memory that building it has left free is taken by then.
+    reused = runtime.NATIVE_REUSED_PER_MERGE * facts.merges if model.owner is Owner.TARGET else 0
     rows = head_rows(facts, matrices)
     allocated, touched = compute.native_logits(config, rows, settings.max_rows)
     logits = touched + compute.native_trimmed_head(config, rows, settings.max_rows)
@@ -144,7 +148,7 @@ def _native_parts(model: _Model) -> list[Component]:
         ),
         model.cache(),
         model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx)),
-        model.part("compute buffers", buffers, reserved_bytes=whole - buffers, filled_later=True),
+        model.part("compute buffers", max(0, buffers - reused), reserved_bytes=whole - buffers, filled_later=True),
         model.part("logits", logits, reserved_bytes=allocated - touched, filled_later=True),
         model.embedding(),
         model.library(),
