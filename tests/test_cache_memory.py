@@ -25,17 +25,21 @@ def anonymous() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
-kind, path = sys.argv[1:]
+kind, path, kernels_dir = sys.argv[1:]
 if kind == "llama":
     from edge_spec.backends import llama
     model = llama.load(Path(path), name="tiny", n_ctx=2048, threads=1)
 else:
     from edge_spec.export import open_export
+    more = {}
     if kind == "onnx":
         from edge_spec.backends.onnx import OnnxModel as Model
+    elif kind == "native":
+        from edge_spec.backends.native import NativeModel as Model
+        more["kernels_dir"] = Path(kernels_dir)
     else:
         from edge_spec.backends.openvino import OpenVinoModel as Model
-    model = Model(open_export(Path(path)), name="tiny", n_ctx=2048, threads=1)
+    model = Model(open_export(Path(path)), name="tiny", n_ctx=2048, threads=1, **more)
 for _ in range(4):
     model.decode([1] * 512, rows=0)
 cache_bytes = 2048 * model.spec.kv_bytes_per_token
@@ -55,18 +59,22 @@ def anonymous() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
-kind, path = sys.argv[1:]
+kind, path, kernels_dir = sys.argv[1:]
 if kind == "llama":
     from edge_spec.backends import llama
     model = llama.load(Path(path), name="tiny", n_ctx=2048, threads=1)
 else:
     from edge_spec.export import open_export
+    more = {}
     if kind == "onnx":
-        from edge_spec.backends.onnx import OnnxModel
-        model = OnnxModel(open_export(Path(path)), name="tiny", n_ctx=2048, threads=1)
+        from edge_spec.backends.onnx import OnnxModel as Model
+    elif kind == "native":
+        from edge_spec.backends.native import NativeModel as Model
+        more["kernels_dir"] = Path(kernels_dir)
     else:
-        from edge_spec.backends.openvino import OpenVinoModel
-        model = OpenVinoModel(open_export(Path(path)), name="tiny", n_ctx=2048, threads=1, park_bytes=64 << 20)
+        from edge_spec.backends.openvino import OpenVinoModel as Model
+        more["park_bytes"] = 64 << 20
+    model = Model(open_export(Path(path)), name="tiny", n_ctx=2048, threads=1, **more)
 
 def fill(token: int, start: int = 0) -> None:
     model.rollback(start)
@@ -95,17 +103,16 @@ print(*[n / cache_bytes for n in (full - empty, told, more - full, shared_bytes,
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
-@pytest.mark.parametrize("kind", ["onnx", "llama", pytest.param("openvino", marks=pytest.mark.openvino)])
-def test_a_parked_sequence_holds_what_it_says_and_gives_it_back(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["onnx", "native", "llama", pytest.param("openvino", marks=pytest.mark.openvino)])
+def test_a_parked_sequence_holds_what_it_says_and_gives_it_back(kind: str, tmp_path: Path, kernels_dir: Path) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512, n_ctx=2048, n_kv_head=4, n_layer=8)
     if kind != "llama":
         from edge_spec.export import RECIPES, export_model
 
         export_model(path, RECIPES["int4"], tmp_path / "out", sha256="0" * 64, threads=1)
         path = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE_PARKED, kind, str(path)], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", MEASURE_PARKED, kind, str(path), str(kernels_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     held, told, more, shared, left = map(float, done.stdout.split())
     assert told == pytest.approx(1, abs=0.03)
     assert held == pytest.approx(1, abs=0.2)
@@ -116,15 +123,16 @@ def test_a_parked_sequence_holds_what_it_says_and_gives_it_back(kind: str, tmp_p
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
-@pytest.mark.parametrize("kind", ["onnx", "llama", pytest.param("openvino", marks=pytest.mark.openvino)])
-def test_a_smaller_cache_gives_its_memory_back(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["onnx", "native", "llama", pytest.param("openvino", marks=pytest.mark.openvino)])
+def test_a_smaller_cache_gives_its_memory_back(kind: str, tmp_path: Path, kernels_dir: Path) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512, n_ctx=2048, n_kv_head=4, n_layer=4)
     if kind != "llama":
         from edge_spec.export import RECIPES, export_model
 
         export_model(path, RECIPES["int4"], tmp_path / "out", sha256="0" * 64, threads=1)
         path = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", MEASURE, kind, str(path)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEASURE, kind, str(path), str(kernels_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.8
 
 

@@ -50,7 +50,7 @@ def test_json_has_the_totals_and_their_parts(run: Run, model: str) -> None:
     assert "--drafter lookup" in [lever["option"] for lever in told["levers"]]
 
 
-@pytest.mark.parametrize(("backend", "times"), [("onnx", 1), ("openvino", 1), ("llama", 2)])
+@pytest.mark.parametrize(("backend", "times"), [("onnx", 1), ("native", 1), ("openvino", 1), ("llama", 2)])
 def test_parked_chats_have_a_line_of_their_own(run: Run, model: str, backend: str, times: int) -> None:
     without = json.loads(run(model, "--ram", "4GiB", "--backend", backend, "--json")[1])
     told = json.loads(run(model, "--ram", "4GiB", "--backend", backend, "--parked", "256MiB", "--json")[1])

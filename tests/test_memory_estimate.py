@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from edge_spec.backends.native import NativeModel
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import UnsupportedArchitectureError, UsageError
 from edge_spec.export.exporter import export_model
 from edge_spec.export.recipe import RECIPES
+from edge_spec.kernels.build import load_library
+from edge_spec.kernels.library import CHUNK
+from edge_spec.kernels.program import Program
 from edge_spec.loading import KV_TYPES as LOADABLE
-from edge_spec.memory import Owner, Settings, estimate, facts_of_export, facts_of_gguf
-from edge_spec.memory.compute import llama_scheduler_bytes, rope_bytes
+from edge_spec.memory import ModelFacts, Owner, Settings, estimate, facts_of_export, facts_of_gguf
+from edge_spec.memory.compute import llama_scheduler_bytes, native_trimmed_head, rope_bytes
 from edge_spec.memory.kv import KV_TYPES, cache_bytes, find_kv_type
-from edge_spec.memory.weights import stored_bytes, stored_matrices
+from edge_spec.memory.weights import native_weights, stored_bytes, stored_matrices
 from tests.gguf_builder import write_gguf
 from tests.tiny_models import PECULIARITIES, write_tiny_gguf
 
 N_CTX = 100
+BUFFERS = "compute buffers"
 
 
 @pytest.mark.parametrize("architecture", sorted(PECULIARITIES))
@@ -48,14 +55,73 @@ def test_a_trimmed_head_is_counted_as_it_is_exported(tmp_path: Path) -> None:
     assert stored_bytes(stored_matrices(facts_of_export(export.path), None)) == export.weight_bytes
 
 
-def test_cache_bytes_are_those_that_the_onnx_backend_allocates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnx", "native"])
+def test_cache_bytes_are_those_that_the_backend_allocates(tmp_path: Path, backend: str, kernels_dir: Path) -> None:
     source = write_tiny_gguf(tmp_path / "m.gguf", architecture="gemma2", n_kv_head=1)
     export = export_model(source, RECIPES["int8"], tmp_path / "export", sha256="0" * 64)
-    model = OnnxModel(export, name="m", n_ctx=N_CTX, threads=1)
-    held = [array.nbytes for name, array in model._held.items() if name.startswith("past_")]
+    model: OnnxModel | NativeModel
+    if backend == "onnx":
+        model = OnnxModel(export, name="m", n_ctx=N_CTX, threads=1)
+    else:
+        model = NativeModel(export, name="m", n_ctx=N_CTX, threads=1, kernels_dir=kernels_dir)
+    held = [array.nbytes for _, array in model._cache.arrays()]
     model.close()
 
-    assert cache_bytes(facts_of_gguf(source), N_CTX, "onnx", find_kv_type(None, "onnx")) == sum(held)
+    assert cache_bytes(facts_of_gguf(source), N_CTX, backend, find_kv_type(None, backend)) == sum(held)
+
+
+def arrays_of(program: Program) -> dict[int, int]:
+    """Bytes of the arrays that a program made or was given, by their places; views count for what they show a part of,
+    and weights stay in the file."""
+    found: dict[int, int] = {}
+    outputs = [getattr(program, name) for name in ("embeddings", "normed", "logits", "largest", "log_sums", "places")]
+    for array in [*outputs, *program._held]:
+        owner = array
+        while isinstance(owner, np.ndarray) and isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        if isinstance(owner, np.ndarray):
+            found[id(owner)] = owner.nbytes
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3", "gemma2"])
+@pytest.mark.parametrize("recipe", ["int4", "int8", "exact", "draft"])
+def test_a_native_program_makes_the_arrays_that_are_counted(
+    tmp_path: Path, architecture: str, recipe: str, kernels_dir: Path
+) -> None:
+    n_vocab = 40_000 if recipe == "draft" else 1000  # so that the head is trimmed
+    source = write_tiny_gguf(
+        tmp_path / "m.gguf", architecture=architecture, n_vocab=n_vocab, tensor_type="Q4_0", n_layer=2
+    )
+    export = export_model(source, RECIPES[recipe], tmp_path / "export", sha256="0" * 64)
+    facts = facts_of_gguf(source)
+    settings = Settings(backend="native", n_ctx=N_CTX, batch=CHUNK, max_rows=64, recipe=RECIPES[recipe])
+    model = NativeModel(export, name="m", n_ctx=N_CTX, threads=1, kernels_dir=kernels_dir, max_rows=64)
+    arrays, head = sum(arrays_of(model._program).values()), model._head
+    model.close()
+
+    facts = replace(facts, n_merges=0)  # else some of the arrays lie in what the tokenizer has left
+    parts = {part.name: part for part in estimate(facts, None, settings).components if part.owner is Owner.TARGET}
+    counted = [parts[name] for name in ("weights", "compute buffers", "logits")]
+    assert [part.reserved_bytes for part in counted] == [0, 0, 0]
+    beside = native_trimmed_head(export.config, stored_matrices(facts, settings.recipe)[-1].n_rows, 64)
+    assert (head is not None) == bool(beside) == (recipe == "draft")
+    assert arrays <= sum(part.committed_bytes for part in counted) - beside <= 1.02 * arrays
+
+
+def test_8_bit_weights_take_nothing_besides_where_the_kernels_take_signs(tmp_path: Path, kernels_dir: Path) -> None:
+    matrices = stored_matrices(facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf")), RECIPES["int8"])
+
+    def beside(machine: str, *features: str) -> int:
+        return native_weights(matrices, machine, frozenset(features)).anonymous
+
+    assert beside("x86_64", "avx2") == beside("aarch64", "asimddp") == 0
+    assert beside("x86_64", "avx2", "avx512_vnni") == 0, "those kernels use vectors of 32 bytes"
+    blocks = sum(matrix.n_rows * matrix.row_length // matrix.block for matrix in matrices)
+    needing = [("x86_64", "avx2", "avx_vnni"), ("x86_64", "avx2", "avx512_vnni", "avx512vl"), ("x86_64",), ("aarch64",)]
+    assert all(beside(*processor) >= 4 * blocks for processor in needing)
+    here = Settings(backend="native")
+    assert bool(load_library(kernels_dir).edge_spec_zero8()) == bool(beside(here.machine, *here.cpu_features))
 
 
 def test_the_largest_context_fits_and_the_next_one_does_not(tmp_path: Path) -> None:
@@ -71,7 +137,7 @@ def test_the_largest_context_fits_and_the_next_one_does_not(tmp_path: Path) -> N
     assert counted.largest_n_ctx(1 << 20) is None
 
 
-def test_llama_cpp_touches_its_cache_while_loading_and_onnx_runtime_when_text_is_read(tmp_path: Path) -> None:
+def test_llama_cpp_touches_its_cache_while_loading_and_the_others_when_text_is_read(tmp_path: Path) -> None:
     facts = facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf", n_ctx=1 << 16))
 
     def more(backend: str) -> int:
@@ -79,7 +145,8 @@ def test_llama_cpp_touches_its_cache_while_loading_and_onnx_runtime_when_text_is
         return large.load_peak_bytes - small.load_peak_bytes
 
     assert more("llama") == cache_bytes(facts, 32768 - 2048, "llama", find_kv_type(None, "llama"))
-    assert more("onnx") <= rope_bytes(facts, 32768) - rope_bytes(facts, 2048)
+    for backend in ("onnx", "native"):
+        assert more(backend) <= rope_bytes(facts, 32768) - rope_bytes(facts, 2048)
 
 
 def test_each_model_on_llama_cpp_sets_a_scheduler_aside(tmp_path: Path) -> None:
@@ -88,11 +155,24 @@ def test_each_model_on_llama_cpp_sets_a_scheduler_aside(tmp_path: Path) -> None:
     assert pair.reserved_bytes - alone.reserved_bytes > llama_scheduler_bytes(facts) > 1024 * 60 * 336
 
 
-def test_a_draft_counts_in_full(tmp_path: Path) -> None:
+def test_native_arrays_lie_in_what_building_the_targets_tokenizer_has_left(tmp_path: Path) -> None:
     facts = facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf"))
-    alone = estimate(facts, None, Settings())
+    few, many = (replace(facts, n_merges=n) for n in (0, 10**6))
 
-    paired = estimate(facts, facts, Settings())
+    def buffers(target: ModelFacts, owner: Owner) -> int:
+        counted = estimate(target, few, Settings(backend="native"))
+        return sum(part.committed_bytes for part in counted.components if (part.owner, part.name) == (owner, BUFFERS))
+
+    assert buffers(many, Owner.DRAFT) == buffers(few, Owner.DRAFT) > 0
+    assert buffers(many, Owner.TARGET) == 0 < buffers(few, Owner.TARGET)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "native"])
+def test_a_draft_counts_in_full(tmp_path: Path, backend: str) -> None:
+    facts = facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf"))
+    alone = estimate(facts, None, Settings(backend=backend))
+
+    paired = estimate(facts, facts, Settings(backend=backend))
 
     drafts = [part for part in paired.components if part.owner is Owner.DRAFT]
     assert {part.name for part in drafts} == {p.name for p in paired.components if p.owner is Owner.TARGET}

@@ -49,7 +49,7 @@ def test_the_log_of_two_models_is_summed_by_purpose() -> None:
 
 
 def test_every_cell_has_a_name_of_its_own() -> None:
-    cells = list(full_grid(("onnx", "llama", "openvino"), {name: model.backends for name, model in MODELS.items()}))
+    cells = list(full_grid(memory_grid.BACKENDS, {name: model.backends for name, model in MODELS.items()}))
     assert len({cell.name for cell in cells}) == len(cells)
 
 
@@ -179,7 +179,7 @@ class TestCommand:
 
 @pytest.mark.real
 @linux_only
-@pytest.mark.parametrize("backend", ["llama", "onnx"])
+@pytest.mark.parametrize("backend", ["llama", "native", "onnx"])
 def test_what_loading_leaves_behind_is_foretold(backend: str, smollm2_path: Path) -> None:
     cell = Cell(model="smollm2-135m", backend=backend, n_ctx=1024)  # llama.cpp's cache takes 22 MiB of it
     store = Store()  # an export that the measured process makes itself leaves more behind
@@ -188,6 +188,17 @@ def test_what_loading_leaves_behind_is_foretold(backend: str, smollm2_path: Path
     compared = Compared(cell, foretell(cell, Store(), path_of={}), measure(cell))
     assert compared.measured.finished, compared.measured.error
     assert abs(compared.load_error_bytes) <= 8 * MIB
+
+
+@pytest.mark.real
+@linux_only
+def test_a_full_window_on_native_is_foretold(smollm2_path: Path) -> None:
+    cell = Cell(model="smollm2-135m", backend="native", n_ctx=256)
+    measure(cell)  # the kernels are compiled at the first use
+    compared = Compared(cell, foretell(cell, Store(), path_of={}), measure(cell))
+    assert compared.measured.finished, compared.measured.error
+    assert compared.differences() == {}
+    assert abs(compared.error) <= 0.07
 
 
 @pytest.mark.real

@@ -28,13 +28,13 @@ MIB = 1 << 20
 ASKED = 32768
 
 
-@pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory) -> Estimate:
+@pytest.fixture(scope="module", params=["onnx", "native"])
+def wanted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Estimate:
     """A target and a draft with much cache and few weights, so that every rung is worth something."""
     folder = tmp_path_factory.mktemp("models")
     target = write_tiny_gguf(folder / "target.gguf", n_layer=6, hidden=256, n_head=8, n_kv_head=8, ff=1024, n_ctx=65536)
     draft = write_tiny_gguf(folder / "draft.gguf", n_layer=3, hidden=256, n_head=8, n_kv_head=8, ff=512, n_ctx=65536)
-    return estimate(facts_of_gguf(target), facts_of_gguf(draft), Settings(n_ctx=ASKED))
+    return estimate(facts_of_gguf(target), facts_of_gguf(draft), Settings(backend=request.param, n_ctx=ASKED))
 
 
 def budget_of(n_bytes: int) -> Budget:

@@ -79,7 +79,9 @@ class Peak(threading.Thread):
             time.sleep(0.005)
 
 
-def converse(ram: str, pair: str | None, target: str | None, n_ctx: int | None, tokens: int) -> Checked:
+def converse(
+    ram: str, pair: str | None, target: str | None, *, backend: str, n_ctx: int | None, tokens: int
+) -> Checked:
     """Talk until `tokens` were read and written."""
     from edge_spec import Engine
 
@@ -88,7 +90,7 @@ def converse(ram: str, pair: str | None, target: str | None, n_ctx: int | None, 
     reasons: list[str] = []
     notes: list[str] = []
     done = 0
-    with Engine.load(pair, target=target, ram=ram, n_ctx=n_ctx) as engine:
+    with Engine.load(pair, target=target, ram=ram, backend=backend, n_ctx=n_ctx) as engine:
         chat = engine.chat()
         while done < tokens:
             result = chat.send(question(len(reasons)), max_tokens=24)
@@ -127,6 +129,7 @@ def main() -> int:
     parser.add_argument("ram", nargs="+", help="budgets, as --ram takes them")
     parser.add_argument("--pair", help="default: the default pair")
     parser.add_argument("--target", help="a target alone, instead of a pair")
+    parser.add_argument("--backend", default="onnx", help="default: onnx")
     parser.add_argument("--ctx", type=int, help="window (default: the engine's)")
     parser.add_argument("--tokens", type=int, default=6000, help="length of the conversation")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -135,14 +138,15 @@ def main() -> int:
         from edge_spec.errors import EdgeSpecError
 
         try:
-            checked = converse(options.ram[0], options.pair, options.target, options.ctx, options.tokens)
+            chosen = {"backend": options.backend, "n_ctx": options.ctx, "tokens": options.tokens}
+            checked = converse(options.ram[0], options.pair, options.target, **chosen)
         except EdgeSpecError as exc:
             print(f"budget_check: {exc}", file=sys.stderr)
             return 1
         print(json.dumps(asdict(checked)))
         return 0
-    named = {"--pair": options.pair, "--target": options.target, "--ctx": options.ctx, "--tokens": options.tokens}
-    others = [part for name, value in named.items() if value is not None for part in (name, str(value))]
+    named = {name: getattr(options, name) for name in ("pair", "target", "backend", "ctx", "tokens")}
+    others = [part for name, value in named.items() if value is not None for part in (f"--{name}", str(value))]
     return max([run(ram, others) for ram in options.ram])
 
 

@@ -40,7 +40,7 @@ from memory_bench.report import as_json, as_text
 from edge_spec.errors import EdgeSpecError
 from edge_spec.store import Store
 
-BACKENDS = ("onnx", "llama", "openvino")
+BACKENDS = ("onnx", "native", "llama", "openvino")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

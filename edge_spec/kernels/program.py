@@ -38,6 +38,9 @@ Floats: TypeAlias = NDArray[np.float32]
 _Format = tuple[int, int]
 """How activations are quantised: in blocks of so many, the even ones first in every so many (see `Activations`)."""
 
+_UNPACKED_ROWS = 1024
+"""Rows whose zero points are unpacked at a time, so that a head's take no memory to speak of."""
+
 
 class Program:
     """The steps of a decoder, over weights that stay where they are mapped.
@@ -323,16 +326,19 @@ class Program:
         blocks = part.row_length // part.block
         # 8-bit levels are taken as they are by some processors' kernels, and less 128 by others.
         taken_off = 0 if part.bits == 4 else 128 - self._library.edge_spec_zero8()
-        zeros: Any = np.float32((1 << (part.bits - 1)) - taken_off)
-        if part.zeros is not None:
-            packed = self._mapped[part.zeros.offset :][: part.zeros.length]
-            levels = unpack_levels(packed.reshape(part.n_rows, -1), part.bits)[:, :blocks]
-            zeros = levels.astype(np.float32) - taken_off
-        elif not zeros:
+        middle = (1 << (part.bits - 1)) - taken_off
+        if part.zeros is None and not middle:
             return None
-        scales = self._mapped[part.scales.offset :][: part.scales.length].view(np.float32)
+        scales = self._mapped[part.scales.offset :][: part.scales.length].view(np.float32).reshape(-1, blocks)
         lows = self._floats(part.n_rows, _round_up(blocks, LANES))
-        lows[:, :blocks] = scales.reshape(part.n_rows, blocks) * -zeros
+        if part.zeros is None:
+            np.multiply(scales, np.float32(-middle), out=lows[:, :blocks])
+            return self._at(lows)
+        packed = self._mapped[part.zeros.offset :][: part.zeros.length].reshape(part.n_rows, -1)
+        for first in range(0, part.n_rows, _UNPACKED_ROWS):
+            rows = slice(first, first + _UNPACKED_ROWS)
+            zeros = unpack_levels(packed[rows], part.bits)[:, :blocks].astype(np.float32) - taken_off
+            np.multiply(scales[rows], -zeros, out=lows[rows, :blocks])
         return self._at(lows)
 
     def _add(self, kind: Kind, of: Structure) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
+from edge_spec.export.architecture import DecoderConfig
 from edge_spec.export.graph import StoredMatrix
 from edge_spec.kernels.library import CHUNK, LANES
 from edge_spec.memory.facts import ModelFacts
 from edge_spec.memory.kv import cells
+from edge_spec.memory.runtime import REACHED_ROWS
+from edge_spec.types import TOP_K
 
 LLAMA_UBATCH = 512
 """Tokens that `backends.llama` lets llama.cpp plan a pass for."""
+
+NATIVE_SCORED_BYTES = 8 << 20
+"""Logits that `backends.native` lets a scored pass hold."""
 
 
 def logits_bytes(n_vocab: int, max_rows: int) -> int:
@@ -58,15 +64,50 @@ def onnx_attention(facts: ModelFacts, n_ctx: int, batch: int) -> int:
     return facts.n_head * round_up(batch, MAX_ALIGNMENT) * cells(n_ctx, "onnx") * 4
 
 
-def native_activations(facts: ModelFacts, matrices: tuple[StoredMatrix, ...], batch: int) -> int:
-    """What the native kernels' steps work in, as far as a pass of `batch` tokens touches it: see `kernels.program`."""
-    config = facts.config
-    if config is None:
-        return 0
-    floats = 5 * config.hidden + config.qkv_rows + config.n_head * (config.head_dim + 2) + 2 * config.n_ff
+def native_activations(config: DecoderConfig, matrices: tuple[StoredMatrix, ...], batch: int) -> int:
+    """What the native kernels' steps work in, as far as a pass of `batch` tokens touches it: the arrays of
+    `kernels.program`, which have room for CHUNK tokens.
+
+    Of a token: embedding, two sums of the residual stream, a branch and its norm; queries, keys and values; what
+    attention makes of them, with two numbers a head; gate and up. And each of the three inputs of matrices as levels,
+    a byte each, with a scale and a share for every block, once in each form that matrices of its length take.
+    """
+    heads = config.n_head * config.head_dim
+    floats = 5 * config.hidden + config.qkv_rows + heads + 2 * config.n_head + 2 * config.n_ff
     forms = {(matrix.row_length, matrix.block, matrix.bits) for matrix in matrices}
-    levels = sum(length + 4 * (length // block + round_up(length // block, LANES)) for length, block, _ in forms)
+    levels = 0
+    for width in (config.hidden, heads, config.n_ff):
+        blocks = [length // block for length, block, _ in forms if length == width]
+        levels += sum(width + 4 * (n + round_up(n, LANES)) for n in blocks)
     return min(batch, CHUNK) * (4 * floats + levels)
+
+
+def native_logits(config: DecoderConfig, rows: int, max_rows: int) -> tuple[int, int]:
+    """Logits that the native kernels write, and the states they are made of, as they are allocated and as far as a
+    pass that returns `max_rows` touches them: there is room for more, to score a text with. `rows`: the head's.
+
+    Beside those of a trimmed head there are logits of tokens that were reached, and of each row the best.
+    """
+    max_rows = round_up(max_rows, MAX_ALIGNMENT)
+    scored = max(max_rows, min(64, NATIVE_SCORED_BYTES // (4 * rows)))
+    row = 4 * (rows + config.hidden + 1)
+    if rows < config.n_vocab:
+        row += 4 * REACHED_ROWS + 12 * min(TOP_K, rows)
+    return scored * row, max_rows * row
+
+
+def native_trimmed_head(config: DecoderConfig, rows: int, max_rows: int) -> int:
+    """What `backends.trimmed_head` holds: ids, which tokens are known, rows of those that were reached; and rows as
+    long as the vocabulary, which reading a prompt in several passes makes, though none is asked for."""
+    if rows == config.n_vocab:
+        return 0
+    spread = 4 * round_up(max_rows, MAX_ALIGNMENT) * config.n_vocab
+    return 8 * rows + config.n_vocab + REACHED_ROWS * (4 * config.hidden + 12) + spread
+
+
+def vector_bytes(facts: ModelFacts) -> int:
+    """Norms and biases, float32."""
+    return sum(4 * tensor.n_elements for tensor in facts.tensors.values() if len(tensor.shape) == 1)
 
 
 def openvino_activations(facts: ModelFacts, batch: int) -> int:

@@ -8,6 +8,7 @@ from edge_spec.backends.alignment import MAX_ALIGNMENT
 from edge_spec.errors import UsageError
 from edge_spec.export.graph import StoredMatrix
 from edge_spec.export.recipe import Recipe
+from edge_spec.kernels.library import CHUNK
 from edge_spec.memory import compute, runtime
 from edge_spec.memory.exporting import export_bytes
 from edge_spec.memory.facts import ModelFacts, Origin
@@ -78,6 +79,8 @@ class _Model:
     def embedding(self) -> Component:
         """The table stays in the mapped GGUF; a pass dequantises the rows of its tokens, and some are kept."""
         table, batch = self.facts.embedding, self.settings.batch + MAX_ALIGNMENT
+        if self.backend == "native":  # in passes of its own, of so many at most
+            batch = min(batch, CHUNK)
         return self.part(
             "embedding",
             (3 * batch + runtime.KEPT_EMBEDDINGS) * self.facts.hidden * 4,
@@ -125,21 +128,28 @@ def _onnx_parts(model: _Model) -> list[Component]:
 
 
 def _native_parts(model: _Model) -> list[Component]:
-    facts, settings = model.facts, model.settings
+    facts, settings, config = model.facts, model.settings, model.facts.config
     matrices = model.matrices()
-    weights = native_weights(matrices)
+    assert config is not None, "what has matrices has a decoder"
+    weights = native_weights(matrices, settings.machine, settings.cpu_features)
+    buffers, whole = (compute.native_activations(config, matrices, n) for n in (settings.batch, CHUNK))
+    # The draft shares the target's tokenizer, and the memory that building it has left free is taken by then.
+    reused = runtime.NATIVE_REUSED_PER_MERGE * facts.merges if model.owner is Owner.TARGET else 0
+    rows = head_rows(facts, matrices)
+    allocated, touched = compute.native_logits(config, rows, settings.max_rows)
+    logits = touched + compute.native_trimmed_head(config, rows, settings.max_rows)
     return [
         model.part(
             "weights",
-            weights.anonymous,
+            weights.anonymous + compute.vector_bytes(facts),
             mapped_bytes=weights.mapped,
             touched_bytes=weights.touched,
             load_bytes=export_bytes(facts, settings.threads),
         ),
         model.cache(),
         model.part("rotary tables", compute.rope_bytes(facts, settings.n_ctx)),
-        model.part("compute buffers", compute.native_activations(facts, matrices, settings.batch), filled_later=True),
-        model.logits(matrices),
+        model.part("compute buffers", max(0, buffers - reused), reserved_bytes=whole - buffers, filled_later=True),
+        model.part("logits", logits, reserved_bytes=allocated - touched, filled_later=True),
         model.embedding(),
         model.library(),
     ]

@@ -84,12 +84,25 @@ def openvino_weights(matrices: tuple[StoredMatrix, ...]) -> WeightBytes:
     return WeightBytes(anonymous, stored_bytes(matrices), 0)
 
 
-def native_weights(matrices: tuple[StoredMatrix, ...]) -> WeightBytes:
-    """The native kernels multiply weights where they are mapped. Anonymous is what a block's level 0 stands for, a
-    float32 each in rows of whole vectors (`kernels.program`); counted for 8 bits too, where some processors lack it."""
-    anonymous = sum(4 * matrix.n_rows * round_up(matrix.row_length // matrix.block, LANES) for matrix in matrices)
-    mapped = sum(matrix.packed.length + matrix.scales.length for matrix in matrices)
-    return WeightBytes(anonymous, mapped, mapped)
+def native_weights(matrices: tuple[StoredMatrix, ...], machine: str, features: frozenset[str]) -> WeightBytes:
+    """The native kernels multiply weights where they are mapped, packed weights and scales.
+
+    Anonymous is what a block's level 0 stands for, a float32 each in rows of whole vectors (`kernels.program`). 8 bits
+    without zero points need it only where the kernels take weights without a sign. Zero points themselves are read
+    when it is made, and no more.
+    """
+    unsigned = _is_unsigned(machine, features)
+    counted = [matrix for matrix in matrices if matrix.bits == 4 or matrix.zeros or unsigned]
+    anonymous = sum(4 * matrix.n_rows * round_up(matrix.row_length // matrix.block, LANES) for matrix in counted)
+    touched = sum(matrix.packed.length + matrix.scales.length for matrix in matrices)
+    return WeightBytes(anonymous, stored_bytes(matrices), touched)
+
+
+def _is_unsigned(machine: str, features: frozenset[str]) -> bool:
+    """Whether the native kernels' ZERO8 is not 0 on a processor: `kernels/vectors.h`."""
+    if _is_x86(machine):
+        return "avx2" not in features or "avx_vnni" in features or {"avx512_vnni", "avx512vl"} <= features
+    return "asimddp" not in features
 
 
 _X86_REPACKED = {GGMLType.Q4_0: 8, GGMLType.Q4_K: 8, GGMLType.IQ4_NL: 8, GGMLType.MXFP4: 8}

@@ -9,13 +9,13 @@ SMALL, DRAFT, TARGET = "smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b
 DEFAULT_ROWS, DEFAULT_BATCH = 16, 128
 
 FITTED: Mapping[str, tuple[str, ...]] = {
-    "random-gqa": ("onnx", "llama", "openvino"),
-    "random-mha": ("onnx", "llama", "openvino"),
+    "random-gqa": ("onnx", "native", "llama", "openvino"),
+    "random-mha": ("onnx", "native", "llama", "openvino"),
     "random-mqa-untied": ("onnx", "llama", "openvino"),
     "random-qwen3": ("onnx", "llama"),
     "random-windowed": ("onnx", "llama"),
     "random-gemma2": ("onnx",),
-    SMALL: ("onnx", "llama", "openvino"),
+    SMALL: ("onnx", "native", "llama", "openvino"),
     DRAFT: ("onnx",),
     TARGET: ("onnx",),
 }
@@ -84,7 +84,8 @@ def full_grid(backends: tuple[str, ...], random_models: Mapping[str, tuple[str, 
         yield Cell(model=DRAFT, backend=backend, n_ctx=2048, batch=512, rows=32)
     yield from _of_the_pair(backends, 1024)
     for backend in backends:
-        yield Cell(model=TARGET, backend=backend, n_ctx=1024, draft=DRAFT, kv=SMALLEST_KV[backend])
+        if backend in SMALLEST_KV:
+            yield Cell(model=TARGET, backend=backend, n_ctx=1024, draft=DRAFT, kv=SMALLEST_KV[backend])
     if "onnx" in backends:
         yield from _exports()
     for n_ctx in (2048, 4096):
@@ -134,9 +135,10 @@ def _exports() -> Iterator[Cell]:
 
 KV_TYPES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("q8",),
+    "native": (),
     "openvino": ("f16", "u8"),
     "llama": ("f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
 }
 """Types of cache elements beside the default, by backend."""
 SMALLEST_KV: Mapping[str, str] = {"onnx": "q8", "openvino": "u8", "llama": "q8_0"}
-"""What the pair is run with besides."""
+"""What the pair is run with besides, where there is a choice."""

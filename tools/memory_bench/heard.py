@@ -48,7 +48,7 @@ def sum_lines(lines: Iterable[str]) -> dict[str, int]:
 
 
 def buffers(model: Any) -> dict[str, int]:
-    """Bytes of the arrays that a model on ONNX Runtime or OpenVINO was given for keys and values, and its export's
+    """Bytes of the arrays that a model that runs an export was given for keys and values, and its export's
     packed weights."""
     return {
         "cache_bytes": sum(array.nbytes for _, array in model._cache.arrays()),

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_EXPORTED = ("onnx", "openvino", "llama")
+_EXPORTED = ("onnx", "native", "openvino", "llama")
+_NOT_OPENVINO = ("onnx", "native", "llama")
 _SIZES: dict[str, Any] = {"n_layer": 6, "hidden": 1024, "ff": 2816, "n_ctx": 4096, "n_vocab": 32000, "n_head": 16}
 
 
@@ -42,14 +43,14 @@ MODELS: Mapping[str, RandomModel] = {
     "random-gqa": _decoder(),
     "random-mha": _decoder(n_kv_head=16, tensor_type="Q8_0"),
     "random-mqa-untied": _decoder(n_kv_head=1, tied=False),
-    "random-qwen3": _decoder(("onnx", "llama"), architecture="qwen3"),
+    "random-qwen3": _decoder(_NOT_OPENVINO, architecture="qwen3"),
     "random-windowed": _decoder(
-        ("onnx", "llama"), architecture="gemma3", metadata={"gemma3.attention.sliding_window": 512}
+        _NOT_OPENVINO, architecture="gemma3", metadata={"gemma3.attention.sliding_window": 512}
     ),
     "random-deep": _decoder(n_layer=20, hidden=512, n_head=8, n_kv_head=2, ff=2048, n_vocab=20000, tensor_type="Q6_K"),
-    "random-fused": _decoder(("onnx", "llama"), architecture="phi3", hidden=768, n_head=8, ff=2048, n_kv_head=8),
+    "random-fused": _decoder(_NOT_OPENVINO, architecture="phi3", hidden=768, n_head=8, ff=2048, n_kv_head=8),
     "random-gemma2": _decoder(
-        ("onnx", "llama"),
+        _NOT_OPENVINO,
         architecture="gemma2",
         hidden=768,
         n_head=12,

@@ -111,13 +111,19 @@ def _run_alone(cell: Cell, log: Any, tell: Any) -> None:
             source.gguf, name=source.name, n_ctx=cell.n_ctx, threads=cell.threads, max_rows=cell.rows
         )
     else:
-        export = source.export or Loader(store=store, backend=cell.backend, threads=cell.threads)._export(source, None)
+        loader = Loader(store=store, backend=cell.backend, threads=cell.threads)
+        export = source.export or loader._export(source, None)
         assert isinstance(export, Export), "the grid's models are exported from GGUFs"
+        more: dict[str, Any] = {}
         if cell.backend == "onnx":
             from edge_spec.backends.onnx import OnnxModel as Model
+        elif cell.backend == "native":
+            from edge_spec.backends.native import NativeModel as Model  # type: ignore[assignment]
+
+            more["kernels_dir"] = loader._kernels_dir
         else:
             from edge_spec.backends.openvino import OpenVinoModel as Model  # type: ignore[assignment]
-        model = Model(export, name=source.name, n_ctx=cell.n_ctx, threads=cell.threads, max_rows=cell.rows)
+        model = Model(export, name=source.name, n_ctx=cell.n_ctx, threads=cell.threads, max_rows=cell.rows, **more)
     with closing(Session(model)) as session:
         tell("loaded", heard=_heard(log, [model]))
         encode = source.tokenizer.encode
