@@ -1,4 +1,4 @@
-"""The real models of the marked tests, from the user's store."""
+"""The real models of the marked tests, from the user's store, and the folder of kernels that are compiled once."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ def target_path() -> Path:
 @pytest.fixture(scope="session")
 def draft_path() -> Path:
     return _model("qwen2.5-coder-0.5b")
+
+
+@pytest.fixture(scope="session")
+def kernels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the native backend keeps its kernels."""
+    return tmp_path_factory.mktemp("kernels")
