@@ -93,7 +93,7 @@ def _kept(folder: Path, name: str) -> Any | None:
     """The library that an earlier run made, if it is whole: to open one that is cut short can end the process."""
     for path in folder.glob(f"{name}-*{_suffix()}"):
         if path.stem == f"{name}-{_sum(path)}":
-            with suppress(OSError, AttributeError):
+            with suppress(OSError):
                 return open_library(path)
         path.unlink()
     return None
