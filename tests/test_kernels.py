@@ -220,7 +220,7 @@ def test_without_a_compiler_the_error_has_the_command_that_installs_one(
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(build, "find_spec", lambda name: None)
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     assert not is_available()
     with pytest.raises(BackendUnavailableError, match=r'pip install "edge-spec\[native\]"'):
         anew(tmp_path)
@@ -233,7 +233,7 @@ def test_the_compiler_that_is_named_comes_first_and_any_that_is_there_will_do(mo
     monkeypatch.setattr(build, "find_spec", lambda name: object())
     assert find_compiler() == [sys.executable, "-m", "ziglang", "cc"]
     monkeypatch.setattr(build, "find_spec", lambda name: None)
-    monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/gcc" if name == "gcc" else None)
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/gcc" if name == "gcc" else None)
     assert find_compiler() == ["/bin/gcc"]
     assert is_available()
 
