@@ -1,20 +1,24 @@
 """Laws of the architectures: an export means what llama.cpp makes of the same file, and what it cannot mean is refused.
 
+On ONNX Runtime and on the native kernels.
+
 The models have random weights, windows of 8 tokens and soft caps that bite, so a part that is left out shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 
 from edge_spec.backends import llama
 from edge_spec.backends.base import CausalLM
+from edge_spec.backends.native import NativeModel
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import ModelFormatError, UnsupportedArchitectureError, UsageError
 from edge_spec.export import RECIPES, Export, Recipe, export_model
@@ -28,6 +32,12 @@ from tests.tiny_models import PECULIARITIES, write_tiny_gguf
 
 N_TOKENS = 40
 
+Model: TypeAlias = OnnxModel | NativeModel
+Open: TypeAlias = Callable[..., AbstractContextManager[Model]]
+"""An export and the length of its cache (64), to a model that is closed afterwards."""
+ExportedLogits: TypeAlias = Callable[..., Logits]
+"""A GGUF and the length of the cache (64), to the logits of every position, [N_TOKENS, n_vocab]."""
+
 
 def write(path: Path, architecture: str, **options: Any) -> Path:
     """A tiny model that the exact recipe carries over bit for bit."""
@@ -39,23 +49,32 @@ def export(source: Path, recipe: Recipe = RECIPES["exact"]) -> Export:
     return export_model(source, recipe, source.with_name(recipe.name), sha256="0" * 64, threads=1)
 
 
-@contextmanager
-def opened(made: Export, n_ctx: int = 64) -> Iterator[OnnxModel]:
-    model = OnnxModel(made, name="tiny", n_ctx=n_ctx, threads=1, max_rows=N_TOKENS)
-    try:
-        yield model
-    finally:
-        model.close()
+@pytest.fixture(params=["onnx", "native"])
+def opened(request: pytest.FixtureRequest, kernels_dir: Path) -> Open:
+    kind = OnnxModel if request.param == "onnx" else partial(NativeModel, kernels_dir=kernels_dir)
+
+    @contextmanager
+    def opened(made: Export, n_ctx: int = 64) -> Iterator[Model]:
+        model = kind(made, name="tiny", n_ctx=n_ctx, threads=1, max_rows=N_TOKENS)
+        try:
+            yield model
+        finally:
+            model.close()
+
+    return opened
+
+
+@pytest.fixture
+def exported_logits(opened: Open) -> ExportedLogits:
+    def logits(source: Path, n_ctx: int = 64) -> Logits:
+        with opened(export(source), n_ctx) as model:
+            return model.decode(tokens_of(model), rows=N_TOKENS).logits.copy()
+
+    return logits
 
 
 def tokens_of(model: CausalLM, seed: int = 1) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, model.spec.n_vocab, N_TOKENS)]
-
-
-def exported_logits(source: Path, n_ctx: int = 64) -> Logits:
-    """Of every position, [N_TOKENS, n_vocab]."""
-    with opened(export(source), n_ctx) as model:
-        return model.decode(tokens_of(model), rows=N_TOKENS).logits.copy()
 
 
 def llama_cpp_logits(source: Path, n_ctx: int = 64) -> Logits:
@@ -88,13 +107,15 @@ def test_every_supported_architecture_is_tested() -> None:
 
 
 @pytest.mark.parametrize("architecture", SUPPORTED)
-def test_logits_are_llama_cpps(architecture: str, tmp_path: Path) -> None:
+def test_logits_are_llama_cpps(exported_logits: ExportedLogits, architecture: str, tmp_path: Path) -> None:
     source = write(tmp_path, architecture)
     assert_agree(exported_logits(source), llama_cpp_logits(source))
 
 
 @pytest.mark.parametrize("architecture", sorted(PECULIARITIES.keys() - {"mistral3", "phi3"}))
-def test_logits_are_those_of_a_plain_forward_pass(architecture: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_a_plain_forward_pass(
+    exported_logits: ExportedLogits, architecture: str, tmp_path: Path
+) -> None:
     source = write(tmp_path, architecture, tied=not architecture.startswith("qwen"))
     ours = exported_logits(source)
     rng = np.random.default_rng(1)
@@ -102,13 +123,17 @@ def test_logits_are_those_of_a_plain_forward_pass(architecture: str, tmp_path: P
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3"])
-def test_heads_can_be_wider_than_their_share_of_the_hidden_width(architecture: str, tmp_path: Path) -> None:
+def test_heads_can_be_wider_than_their_share_of_the_hidden_width(
+    exported_logits: ExportedLogits, architecture: str, tmp_path: Path
+) -> None:
     widths = {f"{architecture}.attention.{part}_length": 96 for part in ("key", "value")}
     source = write(tmp_path, architecture, metadata=widths)
     assert_agree(exported_logits(source), llama_cpp_logits(source))
 
 
-def test_a_cache_past_the_original_context_takes_the_long_rotary_factors(tmp_path: Path) -> None:
+def test_a_cache_past_the_original_context_takes_the_long_rotary_factors(
+    exported_logits: ExportedLogits, tmp_path: Path
+) -> None:
     source = write(tmp_path, "phi3")
     short, long = exported_logits(source), None
     (tmp_path / "exact").rename(tmp_path / "short")
@@ -119,7 +144,7 @@ def test_a_cache_past_the_original_context_takes_the_long_rotary_factors(tmp_pat
 
 @pytest.mark.parametrize(("architecture", "n_layer"), [("gemma2", 46), ("gemma3", 62)])
 def test_the_largest_gemmas_scale_scores_by_the_share_of_the_hidden_width(
-    architecture: str, n_layer: int, tmp_path: Path
+    exported_logits: ExportedLogits, architecture: str, n_layer: int, tmp_path: Path
 ) -> None:
     sizes = {f"{architecture}.attention.{part}_length": 32 for part in ("key", "value")}
     source = write(tmp_path, architecture, n_layer=n_layer, hidden=128, n_head=1, n_kv_head=1, ff=64, metadata=sizes)
@@ -131,7 +156,7 @@ def test_the_largest_gemmas_scale_scores_by_the_share_of_the_hidden_width(
 # Windows
 
 
-def test_a_window_hides_what_lies_before_it_and_nothing_else(tmp_path: Path) -> None:
+def test_a_window_hides_what_lies_before_it_and_nothing_else(opened: Open, tmp_path: Path) -> None:
     """In a model of one layer, with the window over everything."""
     source = write(tmp_path, "gemma2", n_layer=1)
     with opened(export(source)) as model:
@@ -148,7 +173,7 @@ def test_a_window_hides_what_lies_before_it_and_nothing_else(tmp_path: Path) -> 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
 @pytest.mark.parametrize("window", [1, N_TOKENS - 1, N_TOKENS, N_TOKENS + 1, 4 * N_TOKENS])
 def test_windows_shorter_and_longer_than_the_prompt_are_llama_cpps(
-    architecture: str, window: int, tmp_path: Path
+    exported_logits: ExportedLogits, architecture: str, window: int, tmp_path: Path
 ) -> None:
     source = write(tmp_path, architecture, metadata={f"{architecture}.attention.sliding_window": window})
     assert config_of(source).windows == (window, 0, window, 0)
@@ -156,7 +181,7 @@ def test_windows_shorter_and_longer_than_the_prompt_are_llama_cpps(
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
-def test_reading_in_parts_across_a_window_is_llama_cpps(architecture: str, tmp_path: Path) -> None:
+def test_reading_in_parts_across_a_window_is_llama_cpps(opened: Open, architecture: str, tmp_path: Path) -> None:
     """In chunks of 7, with windows of 8, and a rollback behind the window's start."""
     source = write(tmp_path, architecture)
     with opened(export(source)) as model:
@@ -168,7 +193,9 @@ def test_reading_in_parts_across_a_window_is_llama_cpps(architecture: str, tmp_p
 
 
 @pytest.mark.parametrize("caps", [(0.2, 0.5), (None, None), (50.0, 30.0), (0.5, None)])
-def test_soft_caps_are_the_file_s_or_the_architecture_s(caps: tuple[float | None, ...], tmp_path: Path) -> None:
+def test_soft_caps_are_the_file_s_or_the_architecture_s(
+    exported_logits: ExportedLogits, caps: tuple[float | None, ...], tmp_path: Path
+) -> None:
     keys = ("gemma2.attn_logit_softcapping", "gemma2.final_logit_softcapping")
     source = write(tmp_path, "gemma2", metadata=dict(zip(keys, caps, strict=True)))
     config = config_of(source)
@@ -189,7 +216,7 @@ def test_the_pattern_of_windows_is_the_file_s(tmp_path: Path) -> None:
         windows("gemma3", [True, False, False, True], n_layer=5)
 
 
-def test_a_gemma3_without_windows_has_one_rotary_embedding(tmp_path: Path) -> None:
+def test_a_gemma3_without_windows_has_one_rotary_embedding(exported_logits: ExportedLogits, tmp_path: Path) -> None:
     source = write(tmp_path, "gemma3", metadata={"gemma3.attention.sliding_window": None})
     assert config_of(source).rope_names == ["cos", "sin"]
     assert_agree(exported_logits(source), llama_cpp_logits(source))
@@ -198,7 +225,7 @@ def test_a_gemma3_without_windows_has_one_rotary_embedding(tmp_path: Path) -> No
 # What the parts make together
 
 
-def test_tokens_that_a_trimmed_head_is_asked_for_have_bounded_logits_too(tmp_path: Path) -> None:
+def test_tokens_that_a_trimmed_head_is_asked_for_have_bounded_logits_too(opened: Open, tmp_path: Path) -> None:
     source = write(tmp_path, "gemma2")
     recipes = Recipe("whole", bits=8, block=32), Recipe("trimmed", bits=8, block=32, head_rows=128)
     with opened(export(source, recipes[0])) as whole, opened(export(source, recipes[1])) as trimmed:
@@ -264,7 +291,7 @@ def test_an_architecture_s_tensors_have_to_be_its_own(
         config_of(source)
 
 
-def test_a_context_past_the_exact_one_is_refused(tmp_path: Path) -> None:
+def test_a_context_past_the_exact_one_is_refused(opened: Open, tmp_path: Path) -> None:
     """Mistral 3 heats its attention past the original context, which the graph does not."""
     made = export(write(tmp_path, "mistral3"))
     assert (made.config.n_ctx_exact, made.config.n_ctx_train) == (128, 512)

@@ -51,7 +51,7 @@ class NativeModel(PaddedModel):
     ) -> None:
         config = export.config
         check_exact(config, name, n_ctx)
-        max_rows = round_up(max_rows, MAX_ALIGNMENT)
+        max_rows = min(round_up(max_rows, MAX_ALIGNMENT), CHUNK - MAX_ALIGNMENT)  # one chunk has them all, padded too
         spec = ModelSpec(
             name=name,
             architecture=config.architecture,
@@ -121,6 +121,7 @@ class NativeModel(PaddedModel):
     def _read(self, tokens: Sequence[int], rows: int) -> None:
         """Append `tokens`, in passes of at most CHUNK of them, the last of which scores the last `rows`."""
         ids = self._padded(tokens)
+        padding = len(ids) - len(tokens)
         ends = range(len(ids) % CHUNK or CHUNK, len(ids) + 1, CHUNK)
         start = 0
         for end in ends:
@@ -129,11 +130,11 @@ class NativeModel(PaddedModel):
             embeddings[...] = self._embeddings.rows(part)
             if self.config.embedding_scale != 1:
                 embeddings *= np.float32(self.config.embedding_scale)
-            wanted = self._wanted(len(part), rows if end == len(ids) else 0)
+            wanted = self._wanted(len(part) - padding, rows) if end == len(ids) else self._wanted(len(part), 0)
             self._program.run(len(part), self._length, wanted)
             self._length += len(part)
             start = end
-        self._length -= len(ids) - len(tokens)
+        self._length -= padding
 
     def _written(self) -> dict[str, NDArray[Any]]:
         program = self._program

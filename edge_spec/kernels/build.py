@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -83,17 +84,28 @@ def _load(folder: Path, compiler: str) -> Any:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
-            path = folder / f"{name}{_suffix()}"
-            if path.exists():
-                return open_library(path)
-            return _build(path)
+            return _kept(folder, name) or _build(folder, name)
     except OSError as exc:
         raise BackendUnavailableError(f"the native backend's kernels cannot be kept in {folder}: {exc}") from exc
 
 
-def _build(path: Path) -> Any:
-    """Compile, check, and only then give the library its name."""
-    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
+def _kept(folder: Path, name: str) -> Any | None:
+    """The library that an earlier run made, if it is whole: to open one that is cut short can end the process."""
+    for path in folder.glob(f"{name}-*{_suffix()}"):
+        if path.stem == f"{name}-{_sum(path)}":
+            with suppress(OSError):
+                return open_library(path)
+        path.unlink()
+    return None
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _build(folder: Path, name: str) -> Any:
+    """Compile, check, and only then give the library its name, its sum in it."""
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
         faults: list[str] = []
         for more in ((), (_PORTABLE,)):
             made = Path(scratch) / f"kernels{len(faults)}{_suffix()}"
@@ -101,7 +113,7 @@ def _build(path: Path) -> Any:
             library = open_library(made)
             fault = find_fault(library)
             if fault is None:
-                made.replace(path)
+                made.replace(folder / f"{name}-{_sum(made)}{_suffix()}")
                 return library
             faults.append(fault)
     raise BackendUnavailableError(f"the native backend's kernels give wrong results here: {'; '.join(faults)}")

@@ -129,9 +129,14 @@ class Team(Structure):
     _fields_ = [*_ints("arrived", "round"), ("next", c_int32 * 2), *_ints("n_threads")]
 
 
+_FUNCTIONS = ("edge_spec_run", "edge_spec_zero8", "edge_spec_kernel")
+
+
 def open_library(path: Path) -> Any:
-    """The compiled kernels; OSError where they cannot be loaded."""
+    """The compiled kernels; OSError where they cannot be loaded, or are something else."""
     library = ctypes.CDLL(str(path))
+    if missing := [name for name in _FUNCTIONS if not hasattr(library, name)]:
+        raise OSError(f"{path.name} has no {missing[0]}")
     library.edge_spec_run.argtypes = [POINTER(Team), POINTER(Step), c_int, POINTER(Pass)]
     library.edge_spec_run.restype = None
     library.edge_spec_zero8.argtypes = []

@@ -226,9 +226,10 @@ INLINE floats load_some(const float *p, int n) {
     return load(of);
 }
 
-/* e^x within 2 units in the last place, by the polynomial of Cephes' expf (Moshier); below -87 as of -87. */
+/* e^x within 2 units in the last place, by the polynomial of Cephes' expf (Moshier); below -87 as of -87. What is not a
+   number has to come second in `larger` and `smaller`, or it is lost there. */
 INLINE floats exponential(floats x) {
-    x = larger(smaller(x, all(88.0f)), all(-87.0f));
+    x = larger(all(-87.0f), smaller(all(88.0f), x));
     floats n = nearest(multiply(x, all(1.44269504088896341f)));
     x = multiply_add(n, all(-0.693359375f), x);
     x = multiply_add(n, all(2.12194440e-4f), x);

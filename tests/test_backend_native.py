@@ -1,0 +1,179 @@
+"""The native backend runs what the onnx backend runs, to the same logits over several stretches of the cache, or says
+that it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_spec import Engine
+from edge_spec.backends.native import NativeModel
+from edge_spec.backends.onnx import OnnxModel
+from edge_spec.errors import BackendError, BackendUnavailableError, UnsupportedArchitectureError, UsageError
+from edge_spec.export import RECIPES, Export, Recipe, export_model
+from edge_spec.export.stored import read_weights
+from edge_spec.export.traits import SUPPORTED
+from edge_spec.kernels import build
+from edge_spec.types import Logits, Output
+from tests.tiny_models import write_tiny_gguf
+
+N_TOKENS, N_ROWS = 210, 12
+"""More than three stretches of 64 keys, and more than a chunk of a pass."""
+LINEAR = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+PARTIAL = {"llama.rope.dimension_count": 32}
+ODD = {"hidden": 384, "n_head": 6, "ff": 640}
+"""Rows of three and of five blocks: scales that fill no whole vector."""
+UNEVEN = {"hidden": 96, "n_head": 2, "n_kv_head": 1, "ff": 160}
+"""Blocks of 32, heads of 48: no multiple of what is worked on at a time."""
+WINDOW = 100
+"""Longer than a stretch, and no multiple of one."""
+
+
+def export(folder: Path, recipe: Recipe = RECIPES["int8"], **options: Any) -> Export:
+    source = write_tiny_gguf(folder / "tiny.gguf", **{"n_vocab": 512, "tensor_type": "F16", **options})
+    return export_model(source, recipe, folder / "out", sha256="0" * 64, threads=1)
+
+
+def open_native(made: Export, kernels_dir: Path, **options: Any) -> NativeModel:
+    return NativeModel(made, **{"name": "tiny", "n_ctx": 256, "threads": 2, "kernels_dir": kernels_dir, **options})
+
+
+def last_logits(model: OnnxModel | NativeModel) -> Logits:
+    count = min(N_TOKENS, model.spec.n_ctx)
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, model.spec.n_vocab, count)]
+    model.decode(tokens[:-N_ROWS], rows=0)
+    logits = model.decode(tokens[-N_ROWS:], rows=N_ROWS).logits.copy()
+    model.close()
+    return logits
+
+
+def assert_agree(made: Export, kernels_dir: Path, **options: Any) -> None:
+    """The same weights, and activations rounded alike."""
+    context = {"n_ctx": 256, **options}
+    ours = last_logits(open_native(made, kernels_dir, **context))
+    theirs = last_logits(OnnxModel(made, name="tiny", threads=1, **context))
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
+    assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        *((RECIPES[name], {}) for name in RECIPES),
+        (RECIPES["int4"], ODD),
+        (RECIPES["int4"], {**ODD, "n_vocab": 513}),
+        (Recipe("short", bits=4, block=32, zero_points=True), UNEVEN),
+        (Recipe("shorter rows", bits=4, block=64), UNEVEN),
+        (Recipe("fine", bits=4, block=64, zero_points=True, fine=("attn_qkv", "output")), {}),
+        (RECIPES["int8"], UNEVEN),
+        (RECIPES["int8"], {"metadata": LINEAR}),
+        (RECIPES["int8"], {"metadata": PARTIAL}),
+        (RECIPES["exact"], {"tensor_type": "Q4_0", "tensor_types": {"attn_v": "Q8_0", "ffn_down": "Q6_K"}}),
+    ],
+    ids=[
+        *RECIPES,
+        *("odd-blocks", "odd-rows", "uneven-4", "uneven-4-even", "fine", "uneven-8", "linear-rope", "partial-rope"),
+        "mixed-exact",
+    ],
+)
+def test_logits_are_those_of_the_onnx_backend(
+    recipe: Recipe, model: dict[str, Any], kernels_dir: Path, tmp_path: Path
+) -> None:
+    assert_agree(export(tmp_path, recipe, **model), kernels_dir)
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED)
+def test_logits_of_every_architecture_are_those_of_the_onnx_backend_over_long_texts(
+    architecture: str, kernels_dir: Path, tmp_path: Path
+) -> None:
+    n_ctx = 128 if architecture == "mistral3" else 256  # past which it heats its attention
+    made = export(tmp_path, architecture=architecture, n_layer=4)
+    assert_agree(made, kernels_dir, n_ctx=n_ctx)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("window", [63, 64, 65, WINDOW, 2 * WINDOW])
+def test_windows_that_end_within_a_stretch_of_keys_or_at_one(
+    architecture: str, window: int, kernels_dir: Path, tmp_path: Path
+) -> None:
+    metadata = {f"{architecture}.attention.sliding_window": window}
+    assert_agree(export(tmp_path, architecture=architecture, metadata=metadata), kernels_dir)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_the_number_of_threads_changes_no_bit(threads: int, kernels_dir: Path, tmp_path: Path) -> None:
+    made = export(tmp_path, RECIPES["int4"], n_head=8, n_kv_head=1)
+    expected = last_logits(open_native(made, kernels_dir, threads=1))
+    assert np.array_equal(last_logits(open_native(made, kernels_dir, threads=threads)), expected)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (Recipe("short", bits=4, block=16), "weights in blocks of 16"),
+        (Recipe("short", bits=8, block=16), "weights in blocks of 16"),
+        (Recipe("zeros", bits=8, block=64, zero_points=True), "8-bit weights with zero points"),
+    ],
+    ids=["4 bits", "8 bits", "zero points"],
+)
+def test_what_the_kernels_do_not_multiply_is_refused_by_name(
+    recipe: Recipe, says: str, kernels_dir: Path, tmp_path: Path
+) -> None:
+    made = export(tmp_path, recipe)
+    with pytest.raises(UnsupportedArchitectureError, match=rf"does not run tiny: {says}.*--backend onnx"):
+        open_native(made, kernels_dir)
+
+
+def test_a_context_past_the_exact_one_is_refused(kernels_dir: Path, tmp_path: Path) -> None:
+    made = export(tmp_path, architecture="mistral3")
+    with pytest.raises(UsageError, match="up to 128"):
+        open_native(made, kernels_dir, n_ctx=129)
+
+
+def test_without_a_compiler_the_error_has_the_command_that_installs_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_SPEC_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    target = write_tiny_gguf(tmp_path / "target.gguf", n_vocab=512)
+    with pytest.raises(BackendUnavailableError, match=r"pip install .*edge-spec\[native\]"):
+        Engine.load(target=target, backend="native", drafter="lookup", threads=1)
+    assert not list(tmp_path.glob("home/**/weights.bin")), "nothing is exported for a backend that is not there"
+
+
+@pytest.mark.parametrize("want", Output)
+@pytest.mark.parametrize("head_rows", [0, 256], ids=["whole", "trimmed"])
+@pytest.mark.parametrize("damage", [("output", 0), ("output", 200), ("output", -1), ("blk.0.ffn_down", 0)])
+def test_logits_that_are_not_numbers_do_not_pass_for_numbers(
+    damage: tuple[str, int], head_rows: int, want: Output, kernels_dir: Path, tmp_path: Path
+) -> None:
+    """Those of one token of the head, wherever it stands, too: what is told of the others is no distribution then."""
+    made = export(tmp_path, Recipe("plain", bits=4, block=128, zero_points=True, head_rows=head_rows))
+    projection, place = damage
+    weights = np.fromfile(made.weights_file, np.uint8)
+    scales = read_weights(made).matrices[projection][-1].scales
+    weights[scales.offset :][: scales.length].view(np.float32)[place or slice(None)] = np.nan
+    weights.tofile(made.weights_file)
+    native, onnx = open_native(made, kernels_dir), OnnxModel(made, name="tiny", n_ctx=256, threads=1)
+    told = [outcome(model, want) for model in (native, onnx)]
+    assert told[0] == told[1]
+
+
+def outcome(model: NativeModel | OnnxModel, want: Output) -> str:
+    """What becomes of a decode."""
+    try:
+        decoded = model.decode([1, 40, 7], want=want)
+    except BackendError as exc:
+        return str(exc)
+    finally:
+        model.close()
+    logits = decoded.logits if decoded.top is None else decoded.top.logits
+    return "numbers" if np.isfinite(logits[0]).any() else "nothing"
