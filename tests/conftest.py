@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edge_spec.errors import ModelNotFoundError
+from edge_spec.loading import Loader
 from edge_spec.store import Store
 
 
@@ -37,3 +39,11 @@ def draft_path() -> Path:
 def kernels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the native backend keeps its kernels."""
     return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_are_compiled_once(kernels_dir: Path) -> Iterator[None]:
+    """Whatever home a test gives its engines, they find the kernels of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "_kernels_dir", kernels_dir)
+        yield

@@ -168,7 +168,8 @@ def test_a_window_past_the_short_one_turns_what_is_cached_to_its_own_embedding(t
     from edge_spec.export import RECIPES, export_model
 
     source = write_tiny_gguf(tmp_path / "tiny.gguf", architecture="phi3", n_layer=1, n_vocab=512, tensor_type="F16")
-    export = export_model(source, RECIPES["int4"], tmp_path / "out", sha256="0" * 64, threads=1)
+    # Fine steps: a key that was turned differs by a rounding, which long blocks of activations can make much of.
+    export = export_model(source, RECIPES["int8"], tmp_path / "out", sha256="0" * 64, threads=1)
     assert export.config.rope_short_ctx == 256
     tokens = [int(token) for token in np.random.default_rng(1).integers(0, 512, 40)]
     short, long = (OnnxModel(export, name="tiny", n_ctx=n_ctx, threads=1) for n_ctx in (256, 257))
