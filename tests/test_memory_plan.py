@@ -214,7 +214,8 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     # In a process that has run other tests, what those left counts for others.
     monkeypatch.setattr("edge_spec.memory.plan.foreign_bytes", lambda _wanted, _held: 0)
     target = write_tiny_gguf(tmp_path / "target.gguf", n_vocab=512)
-    return {"target": target, "draft": write_tiny_gguf(tmp_path / "draft.gguf", n_vocab=512, seed=1)}
+    draft = write_tiny_gguf(tmp_path / "draft.gguf", n_vocab=512, seed=1)
+    return {"target": target, "draft": draft, "backend": Settings().backend}
 
 
 def test_an_engine_says_what_it_gave_up(pair: dict[str, Any]) -> None:
@@ -234,7 +235,7 @@ def test_a_load_says_that_what_a_token_reads_does_not_stay_in_memory(
     pair: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = estimate(facts_of_gguf(pair["target"]), None, Settings(n_ctx=512, threads=1))
-    loading: dict[str, Any] = {"target": pair["target"], "n_ctx": 512, "threads": 1}
+    loading: dict[str, Any] = {**pair, "draft": None, "n_ctx": 512, "threads": 1}
     for n_bytes, said in ((alone.working_set_bytes - 1, True), (alone.working_set_bytes, False)):
         assert required_bytes(alone) <= n_bytes
         budget = budget_of(n_bytes)
