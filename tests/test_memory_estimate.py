@@ -167,6 +167,17 @@ def test_native_arrays_lie_in_what_building_the_targets_tokenizer_has_left(tmp_p
     assert buffers(many, Owner.TARGET) == 0 < buffers(few, Owner.TARGET)
 
 
+def test_the_estimate_of_a_file_is_that_of_its_export(tmp_path: Path) -> None:
+    source = write_tiny_gguf(tmp_path / "m.gguf", architecture="qwen2", tensor_type="Q4_0")
+    export = export_model(source, RECIPES["int4"], tmp_path / "export", sha256="0" * 64)
+    settings = Settings(backend="native", recipe=RECIPES["int4"])
+    parts = [
+        estimate(facts, None, settings).components for facts in (facts_of_gguf(source), facts_of_export(export.path))
+    ]
+    held = [[(part.name, part.committed_bytes, part.reserved_bytes) for part in told] for told in parts]
+    assert held[0] == held[1]
+
+
 @pytest.mark.parametrize("backend", ["onnx", "native"])
 def test_a_draft_counts_in_full(tmp_path: Path, backend: str) -> None:
     facts = facts_of_gguf(write_tiny_gguf(tmp_path / "m.gguf"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
-from edge_spec.export.architecture import DecoderConfig
+from edge_spec.export.architecture import DecoderConfig, tensor_shapes
 from edge_spec.export.graph import StoredMatrix
 from edge_spec.kernels.library import CHUNK, LANES
 from edge_spec.memory.facts import ModelFacts
@@ -105,9 +105,11 @@ def native_trimmed_head(config: DecoderConfig, rows: int, max_rows: int) -> int:
     return 8 * rows + config.n_vocab + REACHED_ROWS * (4 * config.hidden + 12) + spread
 
 
-def vector_bytes(facts: ModelFacts) -> int:
-    """Norms and biases, float32."""
-    return sum(4 * tensor.n_elements for tensor in facts.tensors.values() if len(tensor.shape) == 1)
+def native_vectors(config: DecoderConfig) -> int:
+    """Norms, and biases of queries, keys and values, float32. Biases count for all models: the facts of an export do
+    not tell which have them, and a plan made from a GGUF has to be that of its export."""
+    norms = sum(shape[0] for shape in tensor_shapes(config).values() if len(shape) == 1)
+    return 4 * (norms + config.n_layer * config.qkv_rows)
 
 
 def openvino_activations(facts: ModelFacts, batch: int) -> int:

@@ -141,7 +141,7 @@ def _native_parts(model: _Model) -> list[Component]:
     return [
         model.part(
             "weights",
-            weights.anonymous + compute.vector_bytes(facts),
+            weights.anonymous + compute.native_vectors(config),
             mapped_bytes=weights.mapped,
             touched_bytes=weights.touched,
             load_bytes=export_bytes(facts, settings.threads),

@@ -33,7 +33,7 @@ SESSION_PER_LAYER = {"onnx": 110 << 10, "native": 16 << 10, "openvino": 200 << 1
 LLAMA_VOCABULARY_PER_TOKEN = 215
 """llama.cpp keeps a vocabulary of its own for each model."""
 
-NATIVE_REUSED_PER_MERGE = 80
+NATIVE_REUSED_PER_MERGE = 100
 """Building the tokenizer leaves 8 MiB of the allocator's memory free for 49,152 merges and 19 for 151,387. It counts as
 the tokenizer's; a native model's arrays, which come from that allocator, lie in most of it."""
 

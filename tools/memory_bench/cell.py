@@ -16,8 +16,8 @@ FITTED: Mapping[str, tuple[str, ...]] = {
     "random-windowed": ("onnx", "llama"),
     "random-gemma2": ("onnx",),
     SMALL: ("onnx", "native", "llama", "openvino"),
-    DRAFT: ("onnx",),
-    TARGET: ("onnx",),
+    DRAFT: ("onnx", "native"),
+    TARGET: ("onnx", "native"),
 }
 """Models, and backends, whose runs the estimate's measured constants were chosen by. All others are held out: they
 tell how well the constants do where they were not fitted."""
@@ -107,9 +107,9 @@ def limited_grid(backends: tuple[str, ...]) -> list[Cell]:
     return [cell for cell in cells if cell.backend in backends]
 
 
-LIMITED = ("onnx", "llama")
+LIMITED = ("onnx", "native", "llama")
 """Backends whose runs are run under limits."""
-LIMITED_PAIR = (("onnx", 1024), ("llama", 1024), ("onnx", 2048))
+LIMITED_PAIR = (("onnx", 1024), ("native", 1024), ("llama", 1024), ("onnx", 2048))
 """Backends and windows that the pair is run under limits with."""
 
 
