@@ -1,5 +1,4 @@
-"""The native backend runs what the onnx backend runs, to the same logits over several stretches of the cache, or says
-that it does not."""
+"""The native backend runs what the onnx backend runs, to the same logits over several stretches of the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import pytest
 from edge_spec import Engine
 from edge_spec.backends.native import NativeModel
 from edge_spec.backends.onnx import OnnxModel
-from edge_spec.errors import BackendError, BackendUnavailableError, UnsupportedArchitectureError, UsageError
+from edge_spec.errors import BackendError, BackendUnavailableError, UsageError
 from edge_spec.export import RECIPES, Export, Recipe, export_model
 from edge_spec.export.stored import read_weights
 from edge_spec.export.traits import SUPPORTED
@@ -68,6 +67,9 @@ def assert_agree(made: Export, kernels_dir: Path, **options: Any) -> None:
         (Recipe("short", bits=4, block=32, zero_points=True), UNEVEN),
         (Recipe("shorter rows", bits=4, block=64), UNEVEN),
         (Recipe("fine", bits=4, block=64, zero_points=True, fine=("attn_qkv", "output")), {}),
+        (Recipe("shortest", bits=4, block=16, zero_points=True), UNEVEN),
+        (Recipe("shortest", bits=8, block=16), UNEVEN),
+        (Recipe("zeros", bits=8, block=64, zero_points=True), ODD),
         (RECIPES["int8"], UNEVEN),
         (RECIPES["int8"], {"metadata": LINEAR}),
         (RECIPES["int8"], {"metadata": PARTIAL}),
@@ -75,8 +77,8 @@ def assert_agree(made: Export, kernels_dir: Path, **options: Any) -> None:
     ],
     ids=[
         *RECIPES,
-        *("odd-blocks", "odd-rows", "uneven-4", "uneven-4-even", "fine", "uneven-8", "linear-rope", "partial-rope"),
-        "mixed-exact",
+        *("odd-blocks", "odd-rows", "uneven-4", "uneven-4-even", "fine", "4-bit-16", "8-bit-16", "8-bit-zeros"),
+        *("uneven-8", "linear-rope", "partial-rope", "mixed-exact"),
     ],
 )
 def test_logits_are_those_of_the_onnx_backend(
@@ -111,23 +113,6 @@ def test_the_number_of_threads_changes_no_bit(threads: int, kernels_dir: Path, t
 
 
 # What is refused
-
-
-@pytest.mark.parametrize(
-    ("recipe", "says"),
-    [
-        (Recipe("short", bits=4, block=16), "weights in blocks of 16"),
-        (Recipe("short", bits=8, block=16), "weights in blocks of 16"),
-        (Recipe("zeros", bits=8, block=64, zero_points=True), "8-bit weights with zero points"),
-    ],
-    ids=["4 bits", "8 bits", "zero points"],
-)
-def test_what_the_kernels_do_not_multiply_is_refused_by_name(
-    recipe: Recipe, says: str, kernels_dir: Path, tmp_path: Path
-) -> None:
-    made = export(tmp_path, recipe)
-    with pytest.raises(UnsupportedArchitectureError, match=rf"does not run tiny: {says}.*--backend onnx"):
-        open_native(made, kernels_dir)
 
 
 def test_a_context_past_the_exact_one_is_refused(kernels_dir: Path, tmp_path: Path) -> None:

@@ -1,16 +1,22 @@
-"""A trimmed head gives the logits that the whole head gives, for the tokens that it keeps or was asked for."""
+"""A trimmed head gives the logits that the whole head gives, for the tokens that it keeps or was asked for.
+
+On ONNX Runtime and on the native kernels.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
 
 from edge_spec.backends import embedding_table, trimmed_head
 from edge_spec.backends.alignment import find_alignment
+from edge_spec.backends.native import NativeModel
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.decoding import Session, SpeculativeDecoder
 from edge_spec.drafting import ModelDrafter, Request
@@ -24,6 +30,9 @@ from tests.tiny_models import write_tiny_gguf
 
 N_VOCAB, HEAD_ROWS = 640, 300
 TOKENS = [1, 40, 7, 99, 250]
+
+Model: TypeAlias = OnnxModel | NativeModel
+Open: TypeAlias = Callable[[Export], Model]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -41,9 +50,15 @@ def exports(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exp
     return whole, trimmed
 
 
+@pytest.fixture(params=["onnx", "native"])
+def open_model(request: pytest.FixtureRequest, kernels_dir: Path) -> Open:
+    kind = OnnxModel if request.param == "onnx" else partial(NativeModel, kernels_dir=kernels_dir)
+    return lambda export: kind(export, name="tiny", n_ctx=64, threads=1)
+
+
 @pytest.fixture
-def models(exports: tuple[Export, Export]) -> Iterator[tuple[OnnxModel, OnnxModel]]:
-    whole, trimmed = (OnnxModel(export, name="tiny", n_ctx=64, threads=1) for export in exports)
+def models(open_model: Open, exports: tuple[Export, Export]) -> Iterator[tuple[Model, Model]]:
+    whole, trimmed = (open_model(export) for export in exports)
     yield whole, trimmed
     whole.close()
     trimmed.close()
@@ -66,7 +81,7 @@ def test_a_head_that_would_lose_little_is_left_whole(source: Path) -> None:
         assert head_ids(gguf, N_VOCAB, 0) is None
 
 
-def test_kept_tokens_have_their_logits_and_the_others_none(models: tuple[OnnxModel, OnnxModel]) -> None:
+def test_kept_tokens_have_their_logits_and_the_others_none(models: tuple[Model, Model]) -> None:
     whole, trimmed = (model.decode(TOKENS, rows=3).logits.copy() for model in models)
     kept = np.isfinite(trimmed[0])
     assert HEAD_ROWS <= kept.sum() <= HEAD_ROWS + 3
@@ -75,7 +90,7 @@ def test_kept_tokens_have_their_logits_and_the_others_none(models: tuple[OnnxMod
     assert (trimmed[:, ~kept] == -np.inf).all()
 
 
-def test_tokens_that_are_reached_have_theirs_too(models: tuple[OnnxModel, OnnxModel]) -> None:
+def test_tokens_that_are_reached_have_theirs_too(models: tuple[Model, Model]) -> None:
     whole, trimmed = models
     reached = [500, 600, 501, 3]
     trimmed.reach(reached)
@@ -87,7 +102,7 @@ def test_tokens_that_are_reached_have_theirs_too(models: tuple[OnnxModel, OnnxMo
 
 @pytest.mark.parametrize("reached", [[], [500], list(range(400, 600))])
 def test_the_top_k_are_those_of_what_can_be_reached(
-    models: tuple[OnnxModel, OnnxModel], exports: tuple[Export, Export], reached: list[int]
+    models: tuple[Model, Model], exports: tuple[Export, Export], reached: list[int]
 ) -> None:
     _, trimmed = models
     trimmed.reach(reached)
@@ -104,7 +119,7 @@ def test_the_top_k_are_those_of_what_can_be_reached(
 
 
 def test_past_the_limit_earlier_tokens_are_forgotten(
-    models: tuple[OnnxModel, OnnxModel], monkeypatch: pytest.MonkeyPatch
+    models: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trimmed_head, "MAX_REACHED", 4)
     _, trimmed = models
@@ -119,7 +134,7 @@ def test_past_the_limit_earlier_tokens_are_forgotten(
     assert not np.isin(top.ids, [500, 501, 502]).any()
 
 
-def test_another_text_reaches_its_own_tokens_alone(models: tuple[OnnxModel, OnnxModel]) -> None:
+def test_another_text_reaches_its_own_tokens_alone(models: tuple[Model, Model]) -> None:
     _, trimmed = models
     trimmed.reach(range(400, 500))
     trimmed.decode(TOKENS)
@@ -135,9 +150,9 @@ def test_another_text_reaches_its_own_tokens_alone(models: tuple[OnnxModel, Onnx
         assert np.array_equal(top.ids[0], np.argsort(-logits, kind="stable")[:TOP_K])
 
 
-def test_a_draft_does_not_depend_on_what_was_drafted_before(exports: tuple[Export, Export]) -> None:
+def test_a_draft_does_not_depend_on_what_was_drafted_before(open_model: Open, exports: tuple[Export, Export]) -> None:
     def drafts(*earlier: list[int]) -> list[int]:
-        drafter = ModelDrafter(Session(OnnxModel(exports[1], name="draft", n_ctx=64, threads=1)))
+        drafter = ModelDrafter(Session(open_model(exports[1])))
         for prompt in (*earlier, TOKENS):
             sampling = SamplingParams(temperature=1.5, seed=3)
             request = Request(
@@ -155,8 +170,10 @@ def test_a_draft_does_not_depend_on_what_was_drafted_before(exports: tuple[Expor
     assert drafts([*range(400, 440)]) == drafts() == drafts([*range(500, 520)], [*range(600, 630)])
 
 
-def test_tokens_reached_one_by_one_score_as_those_reached_at_once(exports: tuple[Export, Export]) -> None:
-    one, all_ = (OnnxModel(exports[1], name="tiny", n_ctx=64, threads=1) for _ in range(2))
+def test_tokens_reached_one_by_one_score_as_those_reached_at_once(
+    open_model: Open, exports: tuple[Export, Export]
+) -> None:
+    one, all_ = (open_model(exports[1]) for _ in range(2))
     for token in range(400, 600):  # past the room that there is at first, more than once
         one.reach([token])
         if token % 40 == 0:
@@ -171,7 +188,7 @@ def test_tokens_reached_one_by_one_score_as_those_reached_at_once(exports: tuple
 
 
 @pytest.mark.parametrize("between", ["score", "align", "reach"])
-def test_a_pass_is_the_same_after_what_changes_where_rows_go(models: tuple[OnnxModel, OnnxModel], between: str) -> None:
+def test_a_pass_is_the_same_after_what_changes_where_rows_go(models: tuple[Model, Model], between: str) -> None:
     for model in models:
         for want in Output:
             model.rollback(0)
@@ -198,9 +215,9 @@ def test_the_plan_knows_how_much_is_kept() -> None:
     assert runtime.KEPT_EMBEDDINGS == embedding_table.KEPT
 
 
-def test_a_trimmed_draft_changes_nothing_that_is_written(exports: tuple[Export, Export]) -> None:
+def test_a_trimmed_draft_changes_nothing_that_is_written(open_model: Open, exports: tuple[Export, Export]) -> None:
     def write(drafter: ModelDrafter | None) -> list[int]:
-        target = OnnxModel(exports[0], name="target", n_ctx=64, threads=1)
+        target = open_model(exports[0])
         target.align_rows(2)
         decoder = SpeculativeDecoder(Session(target), drafter)
         tokens = [token for step in decoder.generate(TOKENS, max_tokens=40) for token in step.tokens]
@@ -208,7 +225,7 @@ def test_a_trimmed_draft_changes_nothing_that_is_written(exports: tuple[Export, 
         target.close()
         return tokens
 
-    draft = OnnxModel(exports[1], name="draft", n_ctx=64, threads=1)
+    draft = open_model(exports[1])
     assert write(ModelDrafter(Session(draft))) == write(None)
     draft.close()
 
@@ -224,7 +241,7 @@ def test_damaged_head_ids_are_refused(exports: tuple[Export, Export], tmp_path: 
         open_export(copy).read_head_ids()
 
 
-def test_a_scored_pass_tells_of_every_token_what_single_passes_tell(models: tuple[OnnxModel, OnnxModel]) -> None:
+def test_a_scored_pass_tells_of_every_token_what_single_passes_tell(models: tuple[Model, Model]) -> None:
     _, trimmed = models
     tokens = [int(token) for token in np.random.default_rng(3).integers(0, N_VOCAB, 40)]
     head = set(trimmed._head._ids) if trimmed._head else set()
@@ -241,7 +258,7 @@ def test_a_scored_pass_tells_of_every_token_what_single_passes_tell(models: tupl
             assert told[i] == pytest.approx(expected, abs=2e-2)
 
 
-def test_a_token_beyond_the_head_is_scored_by_the_sources_row(models: tuple[OnnxModel, OnnxModel]) -> None:
+def test_a_token_beyond_the_head_is_scored_by_the_sources_row(models: tuple[Model, Model]) -> None:
     _, trimmed = models
     assert trimmed._head is not None
     beyond = next(token for token in range(N_VOCAB) if token not in set(trimmed._head._ids))
@@ -253,12 +270,14 @@ def test_a_token_beyond_the_head_is_scored_by_the_sources_row(models: tuple[Onnx
     assert told == pytest.approx(logits[beyond] - np.log(np.exp(kept).sum()), abs=1e-3)
 
 
-def test_logits_that_are_not_numbers_are_an_error(exports: tuple[Export, Export], tmp_path: Path) -> None:
+def test_logits_that_are_not_numbers_are_an_error(
+    open_model: Open, exports: tuple[Export, Export], tmp_path: Path
+) -> None:
     damaged = shutil.copytree(exports[1].path, tmp_path / "damaged")
     weights = np.fromfile(damaged / "weights.bin", np.float32)
     weights[-8:] = np.nan  # the last scales of the head
     weights.tofile(damaged / "weights.bin")
-    model = OnnxModel(open_export(damaged), name="tiny", n_ctx=64, threads=1)
+    model = open_model(open_export(damaged))
     with pytest.raises(BackendError, match="not numbers"):
         model.decode(TOKENS, want=Output.TOP_K)
     model.close()
