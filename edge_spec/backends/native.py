@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import check_decoded, check_evicted, check_exact, check_parks, check_resized
-from edge_spec.backends._contiguous_cache import ContiguousCache, ParkedArrays
+from edge_spec.backends._cache_limits import check_decoded, check_exact
+from edge_spec.backends._contiguous_cache import ContiguousCache
+from edge_spec.backends._contiguous_model import ContiguousModel, capacity_for
 from edge_spec.backends._onnx_session import MEMORY_REMEDY
-from edge_spec.backends._padded_model import PaddedModel
-from edge_spec.backends._parked_here import ParkedHere
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
-from edge_spec.backends.base import Parked
 from edge_spec.backends.embedding_table import EmbeddingTable
 from edge_spec.backends.top_k import log_sum_exp
 from edge_spec.backends.trimmed_head import MAX_REACHED, TrimmedHead, told
@@ -39,7 +36,7 @@ SCORED_BYTES = 8 << 20
 """Logits that a scored pass may hold."""
 
 
-class NativeModel(PaddedModel):
+class NativeModel(ContiguousModel):
     """An export on kernels of our own; implements `backends.base.CausalLM`.
 
     `threads` go through a pass together. The kernels are compiled into `kernels_dir` at the first use. Raises
@@ -70,19 +67,17 @@ class NativeModel(PaddedModel):
             can_resize=True,
             can_park=True,
         )
-        super().__init__(spec)
+        super().__init__(spec, config)
         library = load_library(kernels_dir)
-        self.config = config
         weights = read_weights(export)
-        self._parked: ParkedHere[ParkedArrays] = ParkedHere()
         self._source = GGUFFile(export.source_file)
         self._embeddings: Any = EmbeddingTable(export, self._source)
         self._weights: Any = map_weights(export)
         self._head = TrimmedHead.of(export, max_rows, self._source)
         head_rows = sum(part.n_rows for part in weights.matrices[HEAD])
         scored = max(max_rows, min(64, SCORED_BYTES // (4 * head_rows)))
-        with _translated(f"loading {name}"):
-            self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx))
+        with self._translated(f"loading {name}"):
+            self._cache: Any = ContiguousCache(config, n_ctx, capacity_for(n_ctx))
             self._program: Any = Program(
                 library,
                 config,
@@ -148,58 +143,6 @@ class NativeModel(PaddedModel):
             "log_sum": program.log_sums,
         }
 
-    def evict(self, start: int, end: int) -> None:
-        """See `CausalLM.evict`; costs a copy of what moves."""
-        self._require_open()
-        check_evicted(self._spec, start, end, self._length)
-        if start < end:
-            self._cache.evict(start, end, self._length)
-            self._length -= end - start
-
-    def resize(self, n_ctx: int) -> None:
-        """See `CausalLM.resize`; a smaller cache is never held beside the larger one."""
-        self._require_open()
-        check_resized(self._spec, self._length, n_ctx)
-        check_exact(self.config, self._spec.name, n_ctx)
-        with _translated(f"a cache of {n_ctx} tokens"):
-            self._cache.resize(n_ctx, _capacity(n_ctx), self._length)
-            self._spec = replace(self._spec, n_ctx=n_ctx)
-            self._bind_cache()
-
-    @property
-    def park_bytes(self) -> int:
-        """See `CausalLM.park_bytes`."""
-        return self._length * self._spec.kv_bytes_per_token
-
-    def park(self) -> Parked:
-        """See `CausalLM.park`; costs a copy."""
-        self._require_open()
-        check_parks(self._spec)
-        with _translated(f"setting {self._length} tokens aside"):
-            return self._parked.add(self._cache.park(self._length))
-
-    def resume(self, parked: Parked) -> None:
-        """See `CausalLM.resume`; costs a copy, whose source goes layer by layer."""
-        self._require_open()
-        taken = self._parked.check(self._spec, parked)
-        with _translated(f"taking {taken.length} tokens up again"):
-            self._cache.resume(taken)
-        self._length = taken.length
-
-    def swap(self, parked: Parked) -> Parked:
-        """See `CausalLM.swap`; layer by layer."""
-        self._require_open()
-        taken = self._parked.check(self._spec, parked)
-        with _translated(f"setting {self._length} tokens aside"):
-            left = self._cache.swap(taken, self._length)
-        self._length = taken.length
-        return self._parked.add(left)
-
-    def cached_layers(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Keys and values of each layer as they are stored, [n_kv_head, length, head_dim]; views."""
-        for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
-            yield keys[0, :, : self._length], values[0, :, : self._length]
-
     def reach(self, tokens: Iterable[int], *, anew: bool = False) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity, and `anew`
         those that were reached before are among them again."""
@@ -215,9 +158,16 @@ class NativeModel(PaddedModel):
             self._program.close()
         self._program = self._weights = self._head = self._embeddings = self._cache = None
 
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError as exc:
+            raise BackendMemoryError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
+
     def _bind_cache(self) -> None:
         n_ctx = self._spec.n_ctx
-        self._tables = self.config.rope_inputs(_capacity(n_ctx), n_ctx)
+        self._tables = self.config.rope_inputs(capacity_for(n_ctx), n_ctx)
         self._program.bind_cache(self._cache.keys, self._cache.values, self._tables)
 
     def _bind_reached(self) -> None:
@@ -225,17 +175,3 @@ class NativeModel(PaddedModel):
         if self._head is not None:
             inputs = self._head.inputs
             self._program.bind_reached(inputs["reached"], inputs["reached_bias"])
-
-
-def _capacity(n_ctx: int) -> int:
-    """Tokens that a cache needs room for: the padding of the last one too, where somebody asks for padding."""
-    return n_ctx + MAX_ALIGNMENT - 1
-
-
-@contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    """Turn a want of memory into BackendMemoryError."""
-    try:
-        yield
-    except MemoryError as exc:
-        raise BackendMemoryError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc

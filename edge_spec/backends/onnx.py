@@ -7,28 +7,20 @@ rows keeps a row's logits the same bits whatever was decoded beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_spec.backends._cache_limits import (
-    check_decoded,
-    check_evicted,
-    check_exact,
-    check_parks,
-    check_resized,
-)
-from edge_spec.backends._contiguous_cache import ContiguousCache, ParkedArrays
+from edge_spec.backends._cache_limits import check_decoded, check_exact
+from edge_spec.backends._contiguous_cache import ContiguousCache
+from edge_spec.backends._contiguous_model import ContiguousModel, capacity_for
 from edge_spec.backends._mapped_file import drop_file_pages
 from edge_spec.backends._onnx_session import import_library, session_options, translated
-from edge_spec.backends._padded_model import PaddedModel
-from edge_spec.backends._parked_here import ParkedHere
 from edge_spec.backends._quantized_graph import quantized_graph
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
-from edge_spec.backends.base import Parked
 from edge_spec.backends.embedding_table import EmbeddingTable
 from edge_spec.backends.kv_scales import KvScales
 from edge_spec.backends.top_k import log_sum_exp
@@ -43,7 +35,7 @@ _NOTHING = (0, 0, 0)
 """For `_bound`: tokens, rows and padding of the pass that rows are bound for."""
 
 
-class OnnxModel(PaddedModel):
+class OnnxModel(ContiguousModel):
     """An export on ONNX Runtime; implements `backends.base.CausalLM`.
 
     `threads` run one operator at a time. With `kv_scales` (`edge_spec.backends.kv_scales` measures them) keys and
@@ -84,12 +76,10 @@ class OnnxModel(PaddedModel):
             can_resize=True,
             can_park=True,
         )
-        super().__init__(spec)
-        self.config = config
-        self._parked: ParkedHere[ParkedArrays] = ParkedHere()
+        super().__init__(spec, config)
         self._source = GGUFFile(export.source_file)
         self._embeddings: Any = EmbeddingTable(export, self._source)
-        with translated(f"loading {name}"):
+        with self._translated(f"loading {name}"):
             self._session: Any = ort.InferenceSession(
                 str(export.model_file) if kv_scales is None else quantized_graph(export),
                 session_options(ort, threads, weights_folder=export.path),
@@ -105,7 +95,7 @@ class OnnxModel(PaddedModel):
             self._last, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
             self._bind("seqlens_k", self._last)
             self._bind("total_sequence_length", self._total)
-            self._cache: Any = ContiguousCache(config, n_ctx, _capacity(n_ctx), kv_scales)
+            self._cache: Any = ContiguousCache(config, n_ctx, capacity_for(n_ctx), kv_scales)
             if kv_scales is not None:
                 self._bind_scales(kv_scales)
             self._bind_cache()
@@ -152,61 +142,9 @@ class OnnxModel(PaddedModel):
         total = self._length + len(ids)
         self._feed("embeddings", self._embeddings.rows(ids)[None])
         self._last[0], self._total[...] = total - 1, total
-        with translated(f"decoding {len(tokens)} tokens"):
+        with self._translated(f"decoding {len(tokens)} tokens"):
             self._session.run_with_iobinding(self._binding)
         self._length += len(tokens)
-
-    def evict(self, start: int, end: int) -> None:
-        """See `CausalLM.evict`; costs a copy of what moves."""
-        self._require_open()
-        check_evicted(self._spec, start, end, self._length)
-        if start < end:
-            self._cache.evict(start, end, self._length)
-            self._length -= end - start
-
-    def resize(self, n_ctx: int) -> None:
-        """See `CausalLM.resize`; a smaller cache is never held beside the larger one."""
-        self._require_open()
-        check_resized(self._spec, self._length, n_ctx)
-        check_exact(self.config, self._spec.name, n_ctx)
-        with translated(f"a cache of {n_ctx} tokens"):
-            self._cache.resize(n_ctx, _capacity(n_ctx), self._length)
-            self._spec = replace(self._spec, n_ctx=n_ctx)
-            self._bind_cache()
-
-    @property
-    def park_bytes(self) -> int:
-        """See `CausalLM.park_bytes`."""
-        return self._length * self._spec.kv_bytes_per_token
-
-    def park(self) -> Parked:
-        """See `CausalLM.park`; costs a copy."""
-        self._require_open()
-        check_parks(self._spec)
-        with translated(f"setting {self._length} tokens aside"):
-            return self._parked.add(self._cache.park(self._length))
-
-    def resume(self, parked: Parked) -> None:
-        """See `CausalLM.resume`; costs a copy, whose source goes layer by layer."""
-        self._require_open()
-        taken = self._parked.check(self._spec, parked)
-        with translated(f"taking {taken.length} tokens up again"):
-            self._cache.resume(taken)
-        self._length = taken.length
-
-    def swap(self, parked: Parked) -> Parked:
-        """See `CausalLM.swap`; layer by layer."""
-        self._require_open()
-        taken = self._parked.check(self._spec, parked)
-        with translated(f"setting {self._length} tokens aside"):
-            left = self._cache.swap(taken, self._length)
-        self._length = taken.length
-        return self._parked.add(left)
-
-    def cached_layers(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Keys and values of each layer as they are stored, [n_kv_head, length, head_dim]; views."""
-        for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
-            yield keys[0, :, : self._length], values[0, :, : self._length]
 
     def reach(self, tokens: Iterable[int], *, anew: bool = False) -> None:
         """Give logits to these tokens too, where the head is trimmed; the others stay at minus infinity, and `anew`
@@ -227,10 +165,13 @@ class OnnxModel(PaddedModel):
         self._written.clear()
         self._logits = np.empty((0, 0), np.float32)
 
+    def _translated(self, doing: str) -> AbstractContextManager[None]:
+        return translated(doing)
+
     def _bind_cache(self) -> None:
         """Bind the rotary tables and, each both as past and as present, the cache."""
         n_ctx = self._spec.n_ctx
-        for name, table in self.config.rope_inputs(_capacity(n_ctx), n_ctx).items():
+        for name, table in self.config.rope_inputs(capacity_for(n_ctx), n_ctx).items():
             self._bind(name, table)
         for name, cache in self._cache.arrays():
             self._bind(f"past_{name}", cache)
@@ -269,8 +210,3 @@ class OnnxModel(PaddedModel):
 
     def _bind_output(self, name: str, shape: tuple[int, ...], array: NDArray[Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
-
-
-def _capacity(n_ctx: int) -> int:
-    """Tokens that a cache needs room for: the padding of the last one too."""
-    return n_ctx + MAX_ALIGNMENT - 1
