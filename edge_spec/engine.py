@@ -172,7 +172,7 @@ class Engine:
             kv=kv,
             parked=parked,
         )
-        fitted = fit(resolve(options, store), options)
+        fitted = fit(resolve(options, store, on_progress), options)
         request = fitted.request
         models = open_models(request, store, on_progress)
         past = past_answers(store, request.source.tokenizer) if history else None

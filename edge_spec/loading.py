@@ -50,8 +50,8 @@ _DISTRIBUTIONS = {"onnx": "onnxruntime", "openvino": "openvino", "llama": "llama
 _MODULES = {"onnx": "onnxruntime", "openvino": "openvino", "llama": "llama_cpp"}
 
 StageProgress = Callable[[str, int, int], None]
-"""Called as `progress(stage, done, total)`; stages are `export NAME` (bytes), `load NAME` and `check NAME` (whether
-rows depend on each other)."""
+"""Called as `progress(stage, done, total)`; stages are `compile kernels`, `export NAME` (bytes), `load NAME` and
+`check NAME` (whether rows depend on each other)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +193,7 @@ class Loader:
 
             import_library()
         elif self.backend == "native":
-            from edge_spec.kernels.build import load_library
-
-            load_library(self._kernels_dir)
-
-    @property
-    def _kernels_dir(self) -> Path:
-        return self.store.cache_dir / "kernels"
+            load_kernels(self.store, self.progress)
 
     def _export(self, source: Source, recipe: Recipe | None) -> Export:
         recipe = recipe or default_recipe_of(source.gguf)
@@ -251,7 +245,7 @@ class Loader:
             from edge_spec.backends.native import NativeModel
 
             return NativeModel(
-                export, name=source.name, n_ctx=n_ctx, threads=self.threads, kernels_dir=self._kernels_dir
+                export, name=source.name, n_ctx=n_ctx, threads=self.threads, kernels_dir=kernels_dir(self.store)
             )
         from edge_spec.backends.onnx import OnnxModel
 
@@ -296,6 +290,22 @@ class Loader:
     def _report(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(stage, done, total)
+
+
+def kernels_dir(store: Store) -> Path:
+    """Where the native backend keeps what it compiled."""
+    return store.cache_dir / "kernels"
+
+
+def load_kernels(store: Store, progress: StageProgress | None) -> None:
+    """Have the native backend's kernels ready; BackendUnavailableError where they cannot be compiled."""
+    from edge_spec.kernels.build import load_library
+
+    def report() -> None:
+        if progress is not None:
+            progress("compile kernels", 0, 1)
+
+    load_library(kernels_dir(store), report)
 
 
 def chosen_recipe(name: str | None, backend: str, source: Source) -> Recipe | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 from edge_spec.backend_choice import (
     AUTO,
+    NATIVE,
     BackendProfile,
     Choice,
     able_backends,
@@ -32,6 +34,7 @@ from edge_spec.loading import (
     chosen_recipe,
     draft_recipe,
     find_source,
+    load_kernels,
     processor_key,
     running_backends,
 )
@@ -139,8 +142,9 @@ class OpenedModels:
     draft: LoadedModel | None
 
 
-def resolve(options: LoadOptions, store: Store) -> LoadRequest:
-    """Find the files and make the choices that were left open; loads nothing.
+def resolve(options: LoadOptions, store: Store, progress: StageProgress | None = None) -> LoadRequest:
+    """Find the files and make the choices that were left open; loads nothing but, if they are to be used unasked, the
+    native kernels.
 
     Raises UsageError, ModelNotFoundError, ModelFormatError, VocabMismatchError.
     """
@@ -153,7 +157,7 @@ def resolve(options: LoadOptions, store: Store) -> LoadRequest:
     source = find_source(store, target)
     draft_source = _find_draft(store, draft, source) if draft is not None else None
     smaller = _smaller_drafts(options, known, draft, store)
-    chosen = _choose_backends(options, store, source, draft_source)
+    chosen = _choose_backends(options, store, source, draft_source, progress)
     threads = options.threads or chosen.threads or _recommended_threads(store, chosen.backend)
     return LoadRequest(
         source=source,
@@ -201,8 +205,10 @@ def named_models(options: LoadOptions, store: Store) -> tuple[str | Path, str | 
     return pair.target, pair.draft if use_own else options.draft
 
 
-def _choose_backends(options: LoadOptions, store: Store, source: Source, draft_source: Source | None) -> Choice:
-    """As the options say; where they leave it open, what was found fastest on this machine."""
+def _choose_backends(
+    options: LoadOptions, store: Store, source: Source, draft_source: Source | None, progress: StageProgress | None
+) -> Choice:
+    """As the options say; where they leave it open, what was found fastest on this machine and can be had."""
     if options.backend != AUTO:
         return Choice(options.backend, chosen_draft_backend(options.draft_backend, options.backend))
     recipe = chosen_recipe(options.recipe, AUTO, source)
@@ -210,7 +216,18 @@ def _choose_backends(options: LoadOptions, store: Store, source: Source, draft_s
     profile = BackendProfile(store.cache_dir)
     target = profile.get(profile_key(source, recipe))
     draft = profile.get(profile_key(draft_source, draft_recipe(draft_source))) if draft_source else None
-    return choose_backends(able, target, draft, options.draft_backend, plain=options.drafter == "none")
+    choose = partial(choose_backends, draft_backend=options.draft_backend, plain=options.drafter == "none")
+    chosen = choose(able, target, draft)
+    if NATIVE not in (chosen.backend, chosen.draft_backend):
+        return chosen
+    try:
+        load_kernels(store, progress)
+    except BackendUnavailableError as exc:
+        others = [name for name in able if name != NATIVE]
+        drafting = {name: times for name, times in draft.items() if name != NATIVE} if draft else draft
+        chosen = choose(others, target, drafting)
+        return replace(chosen, notes=(str(exc), *chosen.notes))
+    return chosen
 
 
 def profile_key(source: Source, recipe: Recipe | None) -> str:

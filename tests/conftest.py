@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from edge_spec.errors import ModelNotFoundError
-from edge_spec.loading import Loader
 from edge_spec.store import Store
 
 
@@ -45,5 +44,5 @@ def kernels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _kernels_are_compiled_once(kernels_dir: Path) -> Iterator[None]:
     """Whatever home a test gives its engines, they find the kernels of this session."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "_kernels_dir", kernels_dir)
+        patch.setattr("edge_spec.loading.kernels_dir", lambda _store: kernels_dir)
         yield

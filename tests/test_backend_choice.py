@@ -16,7 +16,7 @@ from edge_spec.backend_choice import (
     choose_backends,
     expected_tokens_per_s,
 )
-from edge_spec.errors import UsageError
+from edge_spec.errors import BackendUnavailableError, UsageError
 from edge_spec.export.recipe import RECIPES
 from edge_spec.opening import LoadOptions, profile_key, resolve
 from edge_spec.store import Store
@@ -162,6 +162,20 @@ def test_an_engine_on_auto_loads_at_once_and_says_which(model: Path) -> None:
         assert engine.info.backend == "onnx"
         assert any("nothing was compared" in note for note in engine.info.notes)
         assert engine.generate("a", max_tokens=2).backend == "onnx"
+
+
+def test_kernels_that_cannot_be_had_are_done_without_and_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_choice, "installed_backends", lambda: ("onnx", "native"))
+    monkeypatch.setattr(backend_choice, "has_kernels", lambda: True)
+
+    def fail(*_: object) -> None:
+        raise BackendUnavailableError("cc says 'no'")
+
+    monkeypatch.setattr("edge_spec.opening.load_kernels", fail)
+    found = resolve(LoadOptions(target=model, draft=model), Store())
+    assert (found.backend, found.draft_backend, found.notes[0]) == ("onnx", "onnx", "cc says 'no'")
+    asked = resolve(LoadOptions(target=model, draft=model, backend="native"), Store())
+    assert (asked.backend, asked.notes) == ("native", ()), "what was asked for fails when it is loaded"
 
 
 def test_auto_is_a_choice_for_targets_only(model: Path) -> None:

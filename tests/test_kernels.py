@@ -18,7 +18,7 @@ import pytest
 
 from edge_spec.errors import BackendUnavailableError
 from edge_spec.kernels import build
-from edge_spec.kernels.build import find_compiler, is_available, load_library
+from edge_spec.kernels.build import find_compiler, load_library
 from edge_spec.kernels.check import find_fault
 from edge_spec.kernels.library import Multiply, open_library
 
@@ -62,11 +62,11 @@ def anew() -> Iterator[Build]:
     """`load_library` as in a new process."""
 
     def load(folder: Path) -> Any:
-        build._load.cache_clear()
+        build._loaded.clear()
         return load_library(folder)
 
     yield load
-    build._load.cache_clear()
+    build._loaded.clear()
 
 
 @pytest.fixture
@@ -221,7 +221,6 @@ def test_without_a_compiler_the_error_has_the_command_that_installs_one(
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert not is_available()
     with pytest.raises(BackendUnavailableError, match=r'pip install "edge-spec\[native\]"'):
         anew(tmp_path)
 
@@ -235,7 +234,9 @@ def test_the_compiler_that_is_named_comes_first_and_any_that_is_there_will_do(mo
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/gcc" if name == "gcc" else None)
     assert find_compiler() == ["/bin/gcc"]
-    assert is_available()
+    monkeypatch.setenv("CC", "'cc")
+    with pytest.raises(BackendUnavailableError, match="is no command"):
+        find_compiler()
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,9 @@ def doctor(
     from edge_spec.doctor import examine
 
     with progress:
-        found = examine(resolve(asked, store), store, choose_threads=threads is None, progress=progress.stage)
+        found = examine(
+            resolve(asked, store, progress.stage), store, choose_threads=threads is None, progress=progress.stage
+        )
     if as_json:
         about = {"machine": _machine(), "versions": _versions(found)}
         took = {"took_s": round(perf_counter() - started, 1)}

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -33,13 +34,20 @@ _PATIENCE_S = 300
 INSTALL = 'pip install "edge-spec[native]", which brings a compiler'
 
 
-def load_library(folder: Path) -> Any:
-    """The kernels for this processor, compiled into `folder` if they are not there yet.
+_loaded: dict[tuple[Path, str], Any] = {}
+"""The libraries of this process, by folder and compiler."""
+
+
+def load_library(folder: Path, on_compile: Callable[[], None] | None = None) -> Any:
+    """The kernels for this processor, compiled into `folder` if they are not there yet; `on_compile` is told before.
 
     Instructions that give other results here than they should are done without. Raises BackendUnavailableError where
     there is no compiler, or it fails.
     """
-    return _load(folder.resolve(), " ".join(find_compiler()))
+    key = (folder.resolve(), " ".join(find_compiler()))
+    if key not in _loaded:
+        _loaded[key] = _load(*key, on_compile)
+    return _loaded[key]
 
 
 def find_compiler() -> list[str]:
@@ -48,21 +56,16 @@ def find_compiler() -> list[str]:
     Raises BackendUnavailableError where there is none.
     """
     if os.environ.get("CC"):
-        return shlex.split(os.environ["CC"])
+        try:
+            return shlex.split(os.environ["CC"], posix=sys.platform != "win32")
+        except ValueError as exc:
+            raise BackendUnavailableError(f"CC={os.environ['CC']!r} is no command: {exc}") from exc
     if find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "cc"]
     for name in ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return [found]
     raise BackendUnavailableError(f"the native backend needs a C compiler, and there is none: {INSTALL}")
-
-
-def is_available() -> bool:
-    """Whether there is a compiler."""
-    try:
-        return bool(find_compiler())
-    except BackendUnavailableError:
-        return False
 
 
 def source_key() -> str:
@@ -78,13 +81,16 @@ def _key(compiler: str) -> str:
     return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
 
-@cache
-def _load(folder: Path, compiler: str) -> Any:
+def _load(folder: Path, compiler: str, on_compile: Callable[[], None] | None) -> Any:
     name = hashlib.sha256(f"{cpu_key()} {_key(compiler)}".encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
-            return _kept(folder, name) or _build(folder, name)
+            if (kept := _kept(folder, name)) is not None:
+                return kept
+            if on_compile is not None:
+                on_compile()
+            return _build(folder, name)
     except OSError as exc:
         raise BackendUnavailableError(f"the native backend's kernels cannot be kept in {folder}: {exc}") from exc
 

@@ -120,7 +120,7 @@ def _run_alone(cell: Cell, log: Any, tell: Any) -> None:
         elif cell.backend == "native":
             from edge_spec.backends.native import NativeModel as Model  # type: ignore[assignment]
 
-            more["kernels_dir"] = loader._kernels_dir
+            more["kernels_dir"] = kernels_dir(store)
         else:
             from edge_spec.backends.openvino import OpenVinoModel as Model  # type: ignore[assignment]
         model = Model(export, name=source.name, n_ctx=cell.n_ctx, threads=cell.threads, max_rows=cell.rows, **more)
