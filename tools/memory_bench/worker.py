@@ -98,7 +98,7 @@ def _run_alone(cell: Cell, log: Any, tell: Any) -> None:
     """A model by itself, where batch or rows are not the engine's: passes of these very sizes."""
     from edge_spec.decoding.session import Session
     from edge_spec.export.finished import Export
-    from edge_spec.loading import Loader, find_source
+    from edge_spec.loading import Loader, find_source, kernels_dir
     from edge_spec.store import Store
 
     tell("imported")
