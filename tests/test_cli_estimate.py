@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> str:
 
 
 def test_json_has_the_totals_and_their_parts(run: Run, model: str) -> None:
-    code, out, _ = run(model, "--draft", model, "--ctx", "1024", "--ram", "2GiB", "--json")
+    code, out, _ = run(model, "--draft", model, "--ctx", "1024", "--ram", "2GiB", "--json", "--backend", "onnx")
 
     told = json.loads(out)
     assert code == 0
