@@ -297,15 +297,16 @@ def kernels_dir(store: Store) -> Path:
     return store.cache_dir / "kernels"
 
 
-def load_kernels(store: Store, progress: StageProgress | None) -> None:
-    """Have the native backend's kernels ready; BackendUnavailableError where they cannot be compiled."""
+def load_kernels(store: Store, progress: StageProgress | None) -> str:
+    """Have the native backend's kernels ready; what they are called. BackendUnavailableError where they cannot be
+    compiled."""
     from edge_spec.kernels.build import load_library
 
     def report() -> None:
         if progress is not None:
             progress("compile kernels", 0, 1)
 
-    load_library(kernels_dir(store), report)
+    return str(load_library(kernels_dir(store), report).edge_spec_kernel().decode())
 
 
 def chosen_recipe(name: str | None, backend: str, source: Source) -> Recipe | None:

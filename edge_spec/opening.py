@@ -22,6 +22,7 @@ from edge_spec.cores import RecommendedThreads, check_threads
 from edge_spec.decoding.session import PREFILL_CHUNK
 from edge_spec.errors import BackendUnavailableError, UsageError
 from edge_spec.export.recipe import Recipe
+from edge_spec.kernels.library import PORTABLE
 from edge_spec.loading import (
     BACKENDS,
     LoadedModel,
@@ -218,16 +219,23 @@ def _choose_backends(
     draft = profile.get(profile_key(draft_source, draft_recipe(draft_source))) if draft_source else None
     choose = partial(choose_backends, draft_backend=options.draft_backend, plain=options.drafter == "none")
     chosen = choose(able, target, draft)
-    if NATIVE not in (chosen.backend, chosen.draft_backend):
+    refusal = _refusal_of_kernels(store, progress) if NATIVE in (chosen.backend, chosen.draft_backend) else None
+    if refusal is None:
         return chosen
+    others = [name for name in able if name != NATIVE]
+    drafting = {name: times for name, times in draft.items() if name != NATIVE} if draft else draft
+    chosen = choose(others, target, drafting)
+    return replace(chosen, notes=(refusal, *chosen.notes))
+
+
+def _refusal_of_kernels(store: Store, progress: StageProgress | None) -> str | None:
+    """Why the native backend is not taken unasked; None if it can be, with its kernels ready."""
     try:
-        load_kernels(store, progress)
+        if load_kernels(store, progress) == PORTABLE:
+            return "the native backend's kernels know none of this processor's instructions"
     except BackendUnavailableError as exc:
-        others = [name for name in able if name != NATIVE]
-        drafting = {name: times for name, times in draft.items() if name != NATIVE} if draft else draft
-        chosen = choose(others, target, drafting)
-        return replace(chosen, notes=(str(exc), *chosen.notes))
-    return chosen
+        return str(exc)
+    return None
 
 
 def profile_key(source: Source, recipe: Recipe | None) -> str:

@@ -168,7 +168,7 @@ def test_kernels_that_cannot_be_had_are_done_without_and_said(model: Path, monke
     monkeypatch.setattr(backend_choice, "installed_backends", lambda: ("onnx", "native"))
     monkeypatch.setattr(backend_choice, "has_kernels", lambda: True)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object) -> str:
         raise BackendUnavailableError("cc says 'no'")
 
     monkeypatch.setattr("edge_spec.opening.load_kernels", fail)
@@ -176,6 +176,8 @@ def test_kernels_that_cannot_be_had_are_done_without_and_said(model: Path, monke
     assert (found.backend, found.draft_backend, found.notes[0]) == ("onnx", "onnx", "cc says 'no'")
     asked = resolve(LoadOptions(target=model, draft=model, backend="native"), Store())
     assert (asked.backend, asked.notes) == ("native", ()), "what was asked for fails when it is loaded"
+    monkeypatch.setattr("edge_spec.opening.load_kernels", lambda *_: "portable")
+    assert resolve(LoadOptions(target=model), Store()).backend == "onnx"
 
 
 def test_auto_is_a_choice_for_targets_only(model: Path) -> None:

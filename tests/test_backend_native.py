@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,48 @@ def outcome(model: NativeModel | OnnxModel, want: Output) -> str:
         model.close()
     logits = decoded.logits if decoded.top is None else decoded.top.logits
     return "numbers" if np.isfinite(logits[0]).any() else "nothing"
+
+
+def test_an_interrupted_pass_ends_for_all_threads_and_the_model_goes_on(
+    tmp_path: Path, kernels_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_native(export(tmp_path), kernels_dir, threads=2)
+    expected = model.decode([1, 2, 3]).logits.copy()
+    model.rollback(0)
+    take_part = model._program._take_part
+
+    def interrupted() -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        take_part()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model._program, "_take_part", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.decode([1, 2, 3])
+    model.rollback(0)
+    np.testing.assert_array_equal(model.decode([1, 2, 3]).logits, expected)
+    model.close()
+
+
+def test_no_more_tokens_are_scored_than_there_is_room_for(tmp_path: Path, kernels_dir: Path) -> None:
+    model = open_native(export(tmp_path), kernels_dir)
+    for alignment in (1, 2, 4):
+        model.align_rows(alignment)
+        n = model.scored_rows
+        assert len(model.score([1] * n, [2] * n)) == n
+        with pytest.raises(UsageError, match="at most"):
+            model.score([1] * (n + 1), [2] * (n + 1))
+        model.rollback(0)
+    model.close()
+
+
+def test_a_weight_that_is_not_a_number_is_told_of(tmp_path: Path, kernels_dir: Path) -> None:
+    made = export(tmp_path)
+    part = read_weights(made).matrices["blk.0.ffn_up"][0]
+    with made.weights_file.open("r+b") as file:
+        file.seek(part.scales.offset + 4 * 3)
+        file.write(np.float32(np.nan).tobytes())
+    model = open_native(made, kernels_dir)
+    assert np.isnan(model.decode([1, 2, 3]).logits).any()
+    model.close()

@@ -27,6 +27,8 @@ Build = Callable[[Path], Any]
 COMPILER = """
 import shutil, sys, time
 from pathlib import Path
+if "--version" in sys.argv:
+    sys.exit(print("a copier"))
 with Path({log!r}).open("a") as log:
     log.write("called\\n")
 time.sleep({takes})

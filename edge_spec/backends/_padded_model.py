@@ -9,9 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.backends._cache_limits import check_kept
-from edge_spec.backends.alignment import check_alignment, round_up
+from edge_spec.backends.alignment import MAX_ALIGNMENT, check_alignment, round_up
 from edge_spec.errors import UsageError
 from edge_spec.types import ModelSpec
+
+SCORED_BYTES = 8 << 20
+"""Logits that a scored pass may hold."""
+
+
+def scored_rows(width: int, max_rows: int) -> int:
+    """Tokens of a scored pass, whole paddings of them, whose rows have `width` logits: at most 64, at least `max_rows`,
+    which are whole paddings too."""
+    return max(max_rows, min(64, SCORED_BYTES // (4 * width)) // MAX_ALIGNMENT * MAX_ALIGNMENT)
 
 
 class PaddedModel:

@@ -18,11 +18,12 @@ from edge_spec.backends._cache_limits import check_decoded, check_exact
 from edge_spec.backends._contiguous_cache import ContiguousCache
 from edge_spec.backends._contiguous_model import ContiguousModel, capacity_for
 from edge_spec.backends._onnx_session import MEMORY_REMEDY
+from edge_spec.backends._padded_model import scored_rows
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.embedding_table import EmbeddingTable
 from edge_spec.backends.top_k import log_sum_exp
 from edge_spec.backends.trimmed_head import MAX_REACHED, TrimmedHead, told
-from edge_spec.errors import BackendMemoryError
+from edge_spec.errors import BackendError, BackendMemoryError, UsageError
 from edge_spec.export import Export
 from edge_spec.export.graph import HEAD
 from edge_spec.export.stored import map_weights, read_weights
@@ -32,8 +33,8 @@ from edge_spec.kernels.library import CHUNK
 from edge_spec.kernels.program import Program
 from edge_spec.types import TOP_K, Decoded, Logits, ModelSpec, Output
 
-SCORED_BYTES = 8 << 20
-"""Logits that a scored pass may hold."""
+_NONE = np.empty(0, np.int64)
+"""The wanted rows of a pass whose logits nobody asks for: the head is left out then."""
 
 
 class NativeModel(ContiguousModel):
@@ -75,7 +76,7 @@ class NativeModel(ContiguousModel):
         self._weights: Any = map_weights(export)
         self._head = TrimmedHead.of(export, max_rows, self._source)
         head_rows = sum(part.n_rows for part in weights.matrices[HEAD])
-        scored = max(max_rows, min(64, SCORED_BYTES // (4 * head_rows)))
+        scored = scored_rows(head_rows, max_rows)
         with self._translated(f"loading {name}"):
             self._cache: Any = ContiguousCache(config, n_ctx, capacity_for(n_ctx))
             self._program: Any = Program(
@@ -85,7 +86,7 @@ class NativeModel(ContiguousModel):
                 np.frombuffer(self._weights, np.uint8),
                 threads=threads,
                 scored=scored,
-                room=0 if self._head is None else round_up(MAX_REACHED, MAX_ALIGNMENT),
+                room=0 if self._head is None else MAX_REACHED,
                 top_k=0 if self._head is None else min(TOP_K, head_rows),
             )
             self._bind_cache()
@@ -106,6 +107,8 @@ class NativeModel(ContiguousModel):
         self._require_open()
         n = len(tokens)
         check_decoded(self._spec, n, 1, self._length)
+        if n > self.scored_rows:
+            raise UsageError(f"{n} tokens to score; at most {self.scored_rows} in a pass")
         self._read(tokens, n)
         asked = np.asarray(following, np.int64)
         if self._head is not None:
@@ -125,11 +128,12 @@ class NativeModel(ContiguousModel):
             embeddings[...] = self._embeddings.rows(part)
             if self.config.embedding_scale != 1:
                 embeddings *= np.float32(self.config.embedding_scale)
-            wanted = self._wanted(len(part) - padding, rows) if end == len(ids) else self._wanted(len(part), 0)
-            self._program.run(len(part), self._length, wanted)
-            self._length += len(part)
+            is_last = end == len(ids)
+            wanted = self._wanted(len(part) - padding, rows) if is_last and rows else _NONE
+            with self._translated(f"decoding {len(tokens)} tokens"):
+                self._program.run(len(part), self._length, wanted)
+            self._length += len(part) - (padding if is_last else 0)
             start = end
-        self._length -= padding
 
     def _written(self) -> dict[str, NDArray[Any]]:
         program = self._program
@@ -164,6 +168,8 @@ class NativeModel(ContiguousModel):
             yield
         except MemoryError as exc:
             raise BackendMemoryError(f"not enough memory for {doing}; {MEMORY_REMEDY}") from exc
+        except RuntimeError as exc:  # no more threads are to be had, or the interpreter is going
+            raise BackendError(f"the native backend failed while {doing}: {exc}") from exc
 
     def _bind_cache(self) -> None:
         n_ctx = self._spec.n_ctx

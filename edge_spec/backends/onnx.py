@@ -19,6 +19,7 @@ from edge_spec.backends._contiguous_cache import ContiguousCache
 from edge_spec.backends._contiguous_model import ContiguousModel, capacity_for
 from edge_spec.backends._mapped_file import drop_file_pages
 from edge_spec.backends._onnx_session import import_library, session_options, translated
+from edge_spec.backends._padded_model import scored_rows
 from edge_spec.backends._quantized_graph import quantized_graph
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.embedding_table import EmbeddingTable
@@ -29,8 +30,6 @@ from edge_spec.export import Export
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import Decoded, Logits, ModelSpec, Output
 
-SCORED_BYTES = 8 << 20
-"""Logits that a scored pass may hold."""
 _NOTHING = (0, 0, 0)
 """For `_bound`: tokens, rows and padding of the pass that rows are bound for."""
 
@@ -119,7 +118,7 @@ class OnnxModel(ContiguousModel):
     def scored_rows(self) -> int:
         """See `Scoring.scored_rows`."""
         width = int(self._logits.shape[1]) if self._head is None else self._head.width
-        return max(self._spec.max_rows, min(64, SCORED_BYTES // (4 * width)))
+        return scored_rows(width, self._spec.max_rows)
 
     def score(self, tokens: Sequence[int], following: Sequence[int]) -> Logits:
         """See `Scoring.score`."""

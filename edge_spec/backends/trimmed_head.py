@@ -100,6 +100,8 @@ class TrimmedHead:
                 require_numbers(total)
             top = TopK(self._scored[written["top_places"][:rows]], written["top_logits"][:rows], log_sum)
             return Decoded(np.empty((0, self._n_vocab), np.float32), top)
+        if not rows:  # a prompt was read
+            return Decoded(np.empty((0, self._n_vocab), np.float32))
         if self._spread is None:  # a draft never needs it
             self._spread = np.full((self._max_rows, self._n_vocab), -np.inf, np.float32)
         self._spread[:, self._forgotten] = -np.inf

@@ -23,16 +23,17 @@ INLINE int rounded(float x) {
 /* Quantise one block of row `row`. */
 static void quantise(const activations *to, int row, int block, const float *x) {
     int8_t plain[256];
-    floats most = all(0);
+    floats most = all(0), odd = all(0);
     for (int i = 0; i < to->block; i += LANES) {
         floats part = load(x + i);
         most = larger(most, larger(part, multiply(part, all(-1))));
+        odd = multiply_add(part, all(0), odd); /* 0, or not a number if one of them is none: a maximum would lose it */
     }
-    float scale = largest(most) / 127, inverse = scale > 0 ? 1 / scale : 0;
+    float scale = largest(most) / 127 + total(odd), inverse = scale > 0 ? 1 / scale : 0;
     for (int i = 0; i < to->block; i++) plain[i] = (int8_t)rounded(x[i] * inverse);
     int sum = 0;
     for (int i = 0; i < to->block; i++) sum += plain[i];
-    int8_t *levels = to->levels + (long)row * to->width + block * to->block;
+    int8_t *levels = to->levels + (ptrdiff_t)row * to->width + block * to->block;
     if (!to->paired) {
         memcpy(levels, plain, (size_t)to->block);
     } else if (to->paired == 64) {
@@ -43,8 +44,8 @@ static void quantise(const activations *to, int row, int block, const float *x) 
         for (int i = 0; i < to->block; i += to->paired)
             for (int j = 0; j < half; j++) levels[i + j] = plain[i + 2 * j], levels[i + half + j] = plain[i + 2 * j + 1];
     }
-    to->scales[(long)row * to->blocks + block] = scale;
-    to->shares[(long)row * to->lanes + block] = scale * (float)sum;
+    to->scales[(ptrdiff_t)row * to->blocks + block] = scale;
+    to->shares[(ptrdiff_t)row * to->lanes + block] = scale * (float)sum;
 }
 
 static void quantise_row(const activations *to, int row, const float *x) {

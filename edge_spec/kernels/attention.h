@@ -33,7 +33,7 @@ static void norm(const float *x, const float *gain, float *out, int n, float eps
 
 static void turn(const attention *at, float *head, int position) {
     int pairs = at->rope_dim / 2;
-    const float *cosines = at->cosines + (long)position * pairs, *sines = at->sines + (long)position * pairs;
+    const float *cosines = at->cosines + (ptrdiff_t)position * pairs, *sines = at->sines + (ptrdiff_t)position * pairs;
     for (int i = 0; i < pairs; i++) {
         float *x = head + (at->interleaved ? 2 * i : i), *y = head + (at->interleaved ? 2 * i + 1 : pairs + i);
         float first = *x * cosines[i] - *y * sines[i], second = *y * cosines[i] + *x * sines[i];
@@ -44,14 +44,14 @@ static void turn(const attention *at, float *head, int position) {
 /* Norm and turn one row's queries and keys, and cache its keys and values at `position`. */
 static void cache_row(const attention *at, int row, int position) {
     int dim = at->head_dim, heads = at->n_head + at->n_kv_head;
-    float *x = at->qkv + (long)row * (heads + at->n_kv_head) * dim;
+    float *x = at->qkv + (ptrdiff_t)row * (heads + at->n_kv_head) * dim;
     for (int head = 0; head < heads; head++) {
         const float *gain = head < at->n_head ? at->query_norm : at->key_norm;
         if (gain) norm(x + head * dim, gain, x + head * dim, dim, at->epsilon);
         if (at->cosines) turn(at, x + head * dim, position);
     }
     for (int head = 0; head < at->n_kv_head; head++) {
-        long to = ((long)head * at->capacity + position) * dim;
+        ptrdiff_t to = ((ptrdiff_t)head * at->capacity + position) * dim;
         memcpy(at->keys + to, x + (at->n_head + head) * dim, sizeof(float) * (size_t)dim);
         memcpy(at->values + to, x + (heads + head) * dim, sizeof(float) * (size_t)dim);
     }
@@ -75,7 +75,7 @@ INLINE void add_weighed(float *out, const float *values, const float *weights, i
     for (; i + 4 * LANES <= dim; i += 4 * LANES) {
         floats a = load(out + i), b = load(out + i + LANES), c = load(out + i + 2 * LANES), d = load(out + i + 3 * LANES);
         for (int key = 0; key < n; key++) {
-            const float *value = values + (long)key * dim + i;
+            const float *value = values + (ptrdiff_t)key * dim + i;
             floats weight = all(weights[key]);
             a = multiply_add(weight, load(value), a), b = multiply_add(weight, load(value + LANES), b);
             c = multiply_add(weight, load(value + 2 * LANES), c), d = multiply_add(weight, load(value + 3 * LANES), d);
@@ -83,19 +83,19 @@ INLINE void add_weighed(float *out, const float *values, const float *weights, i
         store(out + i, a), store(out + i + LANES, b), store(out + i + 2 * LANES, c), store(out + i + 3 * LANES, d);
     }
     for (; i < dim; i++)
-        for (int key = 0; key < n; key++) out[i] += weights[key] * values[(long)key * dim + i];
+        for (int key = 0; key < n; key++) out[i] += weights[key] * values[(ptrdiff_t)key * dim + i];
 }
 
 /* One head's query and the keys from `begin` to `end`, at most KEYS_AT_A_TIME; what was attended to before is in `out`
    and `state` (arXiv 2205.14135). */
 static void attend(const attention *at, const float *query, int kv_head, int begin, int end, float *out, float state[2]) {
     int dim = at->head_dim, n = end - begin;
-    const float *keys = at->keys + ((long)kv_head * at->capacity + begin) * dim;
+    const float *keys = at->keys + ((ptrdiff_t)kv_head * at->capacity + begin) * dim;
     float scores[KEYS_AT_A_TIME + LANES];
     for (int key = 0; key < n; key += 4) {
         floats lanes[4];
         for (int i = 0; i < 4; i++)
-            lanes[i] = key + i < n ? lanes_of_product(query, keys + (long)(key + i) * dim, dim) : all(0);
+            lanes[i] = key + i < n ? lanes_of_product(query, keys + (ptrdiff_t)(key + i) * dim, dim) : all(0);
         totals(scores + key, lanes[0], lanes[1], lanes[2], lanes[3]);
     }
     float most = state[0];
@@ -121,7 +121,7 @@ static void attend(const attention *at, const float *query, int kv_head, int beg
         sum = add(sum, weight);
     }
     state[1] += total(sum);
-    add_weighed(out, at->values + ((long)kv_head * at->capacity + begin) * dim, scores, n, dim);
+    add_weighed(out, at->values + ((ptrdiff_t)kv_head * at->capacity + begin) * dim, scores, n, dim);
 }
 
 /* Query heads [first, first + n), which share a head of keys, of all rows of a pass: each stretch of keys is read once
@@ -131,9 +131,9 @@ static void attend_heads(const attention *at, int first, int n, int rows, int pa
     int kv_head = first / (at->n_head / at->n_kv_head), last = past + rows;
     for (int row = 0; row < rows; row++)
         for (int head = first; head < first + n; head++) {
-            float *state = at->states + ((long)row * at->n_head + head) * 2;
+            float *state = at->states + ((ptrdiff_t)row * at->n_head + head) * 2;
             state[0] = -INFINITY, state[1] = 0;
-            memset(at->out + ((long)row * at->n_head + head) * dim, 0, sizeof(float) * (size_t)dim);
+            memset(at->out + ((ptrdiff_t)row * at->n_head + head) * dim, 0, sizeof(float) * (size_t)dim);
         }
     int earliest = at->window && past + 1 > at->window ? past + 1 - at->window : 0;
     for (int begin = earliest / KEYS_AT_A_TIME * KEYS_AT_A_TIME; begin < last; begin += KEYS_AT_A_TIME)
@@ -142,14 +142,14 @@ static void attend_heads(const attention *at, int first, int n, int rows, int pa
             int start = from > begin ? from : begin, end = begin + KEYS_AT_A_TIME < seen ? begin + KEYS_AT_A_TIME : seen;
             if (start >= end) continue;
             for (int head = first; head < first + n; head++) {
-                long place = (long)row * at->n_head + head;
-                attend(at, at->qkv + (long)row * width + head * dim, kv_head, start, end, at->out + place * dim,
+                ptrdiff_t place = (ptrdiff_t)row * at->n_head + head;
+                attend(at, at->qkv + (ptrdiff_t)row * width + head * dim, kv_head, start, end, at->out + place * dim,
                        at->states + place * 2);
             }
         }
     for (int row = 0; row < rows; row++)
         for (int head = first; head < first + n; head++) {
-            long place = (long)row * at->n_head + head;
+            ptrdiff_t place = (ptrdiff_t)row * at->n_head + head;
             float inverse = 1 / at->states[place * 2 + 1], *out = at->out + place * dim;
             for (int i = 0; i < dim; i++) out[i] *= inverse;
         }

@@ -30,11 +30,13 @@ _HERE = Path(__file__).parent
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-ffp-contract=off", "-shared")
 """Contraction is off since a compiler may contract one copy of a loop and not the other, and rows would differ."""
 _PORTABLE = "-DEDGE_SPEC_PORTABLE"
-_PATIENCE_S = 300
+_PATIENCE_S = 900
+"""A first build on Windows makes parts of its C library too."""
+_ZIG = (sys.executable, "-m", "ziglang", "cc")
 INSTALL = 'pip install "edge-spec[native]", which brings a compiler'
 
 
-_loaded: dict[tuple[Path, str], Any] = {}
+_loaded: dict[tuple[Path, tuple[str, ...]], Any] = {}
 """The libraries of this process, by folder and compiler."""
 
 
@@ -44,7 +46,7 @@ def load_library(folder: Path, on_compile: Callable[[], None] | None = None) -> 
     Instructions that give other results here than they should are done without. Raises BackendUnavailableError where
     there is no compiler, or it fails.
     """
-    key = (folder.resolve(), " ".join(find_compiler()))
+    key = (folder.resolve(), tuple(find_compiler()))
     if key not in _loaded:
         _loaded[key] = _load(*key, on_compile)
     return _loaded[key]
@@ -61,7 +63,7 @@ def find_compiler() -> list[str]:
         except ValueError as exc:
             raise BackendUnavailableError(f"CC={os.environ['CC']!r} is no command: {exc}") from exc
     if find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "cc"]
+        return list(_ZIG)
     for name in ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return [found]
@@ -69,21 +71,37 @@ def find_compiler() -> list[str]:
 
 
 def source_key() -> str:
-    """What the kernels' speed depends on besides the processor: their source and the compiler, as eight hex digits."""
-    return _key(" ".join(find_compiler()))[:8]
+    """What the kernels' speed depends on besides the processor: their source and the compiler, as eight hex digits.
+
+    Raises BackendUnavailableError where there is no compiler.
+    """
+    return _key(tuple(find_compiler()))[:8]
 
 
 @cache
-def _key(compiler: str) -> str:
-    told = [compiler, *_FLAGS, *((_HERE / name).read_text("utf-8") for name in _SOURCES)]
-    if find_spec("ziglang") is not None:
-        told.append(metadata.version("ziglang"))
+def _key(compiler: tuple[str, ...]) -> str:
+    told = [_named(compiler), *_FLAGS, *((_HERE / name).read_text("utf-8") for name in _SOURCES)]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
 
-def _load(folder: Path, compiler: str, on_compile: Callable[[], None] | None) -> Any:
+def _named(compiler: tuple[str, ...]) -> str:
+    """A compiler and its version; where its interpreter lies does not matter."""
+    if compiler == _ZIG:
+        with suppress(metadata.PackageNotFoundError):
+            return f"ziglang {metadata.version('ziglang')}"
+    with suppress(OSError, subprocess.SubprocessError):
+        asked = subprocess.run(
+            [*compiler, "--version"], capture_output=True, stdin=subprocess.DEVNULL, timeout=_PATIENCE_S, check=False
+        )
+        return f"{' '.join(compiler)} {asked.stdout.decode(errors='replace')}"
+    return " ".join(compiler)
+
+
+def _load(folder: Path, compiler: tuple[str, ...], on_compile: Callable[[], None] | None) -> Any:
     name = hashlib.sha256(f"{cpu_key()} {_key(compiler)}".encode()).hexdigest()[:16]
     try:
+        if (kept := _kept(folder, name)) is not None:
+            return kept  # of a folder that cannot be written too
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
             if (kept := _kept(folder, name)) is not None:
@@ -101,7 +119,6 @@ def _kept(folder: Path, name: str) -> Any | None:
         if path.stem == f"{name}-{_sum(path)}":
             with suppress(OSError):
                 return open_library(path)
-        path.unlink()
     return None
 
 
@@ -111,7 +128,10 @@ def _sum(path: Path) -> str:
 
 def _build(folder: Path, name: str) -> Any:
     """Compile, check, and only then give the library its name, its sum in it."""
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+    for stale in folder.glob(f"{name}.scratch-*"):  # of a build that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    # A name of its own each time: a library that is open already is found again by its name.
+    with tempfile.TemporaryDirectory(prefix=f"{name}.scratch-", dir=folder, ignore_cleanup_errors=True) as scratch:
         faults: list[str] = []
         for more in ((), (_PORTABLE,)):
             made = Path(scratch) / f"kernels{len(faults)}{_suffix()}"
@@ -119,6 +139,8 @@ def _build(folder: Path, name: str) -> Any:
             library = open_library(made)
             fault = find_fault(library)
             if fault is None:
+                for damaged in folder.glob(f"{name}-*{_suffix()}"):
+                    damaged.unlink()
                 made.replace(folder / f"{name}-{_sum(made)}{_suffix()}")
                 return library
             faults.append(fault)

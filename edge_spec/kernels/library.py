@@ -10,6 +10,8 @@ from typing import Any
 
 CHUNK = 128
 """Most tokens of a pass; more are read in several."""
+PORTABLE = "portable"
+"""What kernels are called that any compiler makes: right everywhere, and slow."""
 LANES = 8
 """What rows of shares are rounded up to: whole vectors of every processor."""
 
@@ -45,7 +47,7 @@ def _floats(*names: str) -> list[tuple[str, Any]]:
 
 
 class Activations(Structure):
-    """Levels [rows, width], and scales and shares [rows, blocks]."""
+    """Levels [rows, width], scales [rows, blocks], and shares [rows, lanes]."""
 
     _fields_ = [*_pointers("levels", "scales", "shares"), *_ints("width", "block", "paired", "blocks", "lanes")]
 
@@ -126,7 +128,7 @@ class Step(Structure):
 class Team(Structure):
     """Where threads meet."""
 
-    _fields_ = [*_ints("arrived", "round"), ("next", c_int32 * 2), *_ints("n_threads")]
+    _fields_ = [*_ints("arrived", "round"), ("next", c_int32 * 2), *_ints("abandoned", "n_threads")]
 
 
 _FUNCTIONS = ("edge_spec_run", "edge_spec_zero8", "edge_spec_kernel")

@@ -8,7 +8,9 @@
 #include "attention.h"
 #include "products.h"
 
-#if !defined(_WIN32)
+#if defined(_WIN32)
+#include <windows.h>
+#else
 #include <sched.h>
 #endif
 
@@ -21,7 +23,7 @@ typedef struct {
     const int64_t *wanted;
 } pass;
 
-/* sum = x + branch (NULL: nothing is added, nor written); out = sum normed, as floats and as levels, each if not NULL. */
+/* sum = x + branch (NULL: nothing is added, nor written); out = sum normed, and as levels where they are not NULL. */
 typedef struct {
     const float *x, *branch, *gain;
     float *sum, *out;
@@ -72,7 +74,7 @@ typedef struct {
 } step;
 
 typedef struct {
-    atomic_int arrived, round, next[2];
+    atomic_int arrived, round, next[2], abandoned;
     int32_t n_threads;
 } team;
 
@@ -81,12 +83,12 @@ static int rows_of(int rows, const pass *p) { return rows == EVERY ? p->n_rows :
 static void run_norm(const norm_step *s, const pass *p, int row) {
     const float *x = s->x + (s->rows == PICKED ? p->wanted[row] : row) * s->x_stride;
     if (s->branch) {
-        const float *branch = s->branch + (long)row * s->width;
-        float *sum = s->sum + (long)row * s->width;
+        const float *branch = s->branch + (ptrdiff_t)row * s->width;
+        float *sum = s->sum + (ptrdiff_t)row * s->width;
         for (int i = 0; i < s->width; i++) sum[i] = x[i] + branch[i];
         x = sum;
     }
-    float *out = s->out + (long)row * s->width;
+    float *out = s->out + (ptrdiff_t)row * s->width;
     norm(x, s->gain, out, s->width, s->epsilon);
     for (int i = 0; i < 2; i++)
         if (s->levels[i]) quantise_row(s->levels[i], row, out);
@@ -107,7 +109,7 @@ static void run_gate(const gate_step *s, const pass *p, int unit) {
     int a_row = (to->width + GATED_AT_A_TIME - 1) / GATED_AT_A_TIME, row = unit / a_row;
     int begin = unit % a_row * GATED_AT_A_TIME, end = begin + GATED_AT_A_TIME;
     if (end > to->width) end = to->width;
-    long from = (s->rows == PICKED ? p->wanted[row] : row) * s->stride;
+    ptrdiff_t from = (s->rows == PICKED ? p->wanted[row] : row) * s->stride;
     float x[GATED_AT_A_TIME];
     for (int i = begin; i < end; i += LANES) {
         floats gated = activated(s->activation, load(s->gate + from + i));
@@ -119,29 +121,29 @@ static void run_gate(const gate_step *s, const pass *p, int unit) {
 }
 
 /* A stretch of the rows of weights stays in the processor's cache while all activations go by. */
-static long stretch(const matrix *m) {
-    long rows = 24576 / (m->width * m->bits / 8) / 4 * 4;
+static ptrdiff_t stretch(const matrix *m) {
+    ptrdiff_t rows = 24576 / (m->width * m->bits / 8) / 4 * 4;
     return rows < 4 ? 4 : rows;
 }
 
 /* Rows of weights that a thread takes on at once: so many that reading them is one long stream, and so few that the
    threads are done at about the same time. */
-static long share(const matrix *m, const pass *p) {
-    long size = stretch(m), wanted = m->n_rows / (SHARES_OF_A_THREAD * p->n_threads);
+static ptrdiff_t share(const matrix *m, const pass *p) {
+    ptrdiff_t size = stretch(m), wanted = m->n_rows / (SHARES_OF_A_THREAD * p->n_threads);
     return wanted < size ? size : wanted / size * size;
 }
 
 static int shares(const matrix *m, const pass *p) {
-    long size = share(m, p);
+    ptrdiff_t size = share(m, p);
     return (int)((m->n_rows + size - 1) / size);
 }
 
 static void run_multiply(const multiply_step *s, const pass *p, int unit) {
     const matrix *m = s->matrices;
     for (; unit >= shares(m, p); m++) unit -= shares(m, p);
-    long end = (unit + 1) * share(m, p);
+    ptrdiff_t end = (unit + 1) * share(m, p);
     if (end > m->n_rows) end = m->n_rows;
-    for (long begin = unit * share(m, p); begin < end; begin += stretch(m))
+    for (ptrdiff_t begin = unit * share(m, p); begin < end; begin += stretch(m))
         multiply_rows(m, begin, begin + stretch(m) < end ? begin + stretch(m) : end, rows_of(s->rows, p));
 }
 
@@ -166,19 +168,19 @@ static float capped(float x, float cap) { return cap ? cap * tanhf(x / cap) : x;
 static void run_reach(const reach_step *s, const pass *p, int unit) {
     int begin = unit * REACHED_AT_A_TIME;
     for (int row = 0; row < p->n_wanted; row++) {
-        float *out = s->out + (long)row * s->stride + begin, sums[REACHED_AT_A_TIME] = {0};
-        const float *x = s->x + (long)row * s->width;
+        float *out = s->out + (ptrdiff_t)row * s->stride + begin, sums[REACHED_AT_A_TIME] = {0};
+        const float *x = s->x + (ptrdiff_t)row * s->width;
         for (int i = 0; i < s->width; i++)
             for (int j = 0; j < REACHED_AT_A_TIME; j += LANES)
-                store(sums + j, multiply_add(all(x[i]), load(s->columns + (long)i * s->n + begin + j), load(sums + j)));
+                store(sums + j, multiply_add(all(x[i]), load(s->columns + (ptrdiff_t)i * s->n + begin + j), load(sums + j)));
         for (int j = 0; j < REACHED_AT_A_TIME; j++) out[j] = capped(sums[j], s->cap) + s->bias[begin + j];
     }
 }
 
 static void run_top(const top_step *s, int row) {
-    const float *x = s->x + (long)row * s->stride;
-    float *largest = s->largest + (long)row * s->k;
-    int64_t *places = s->places + (long)row * s->k;
+    const float *x = s->x + (ptrdiff_t)row * s->stride;
+    float *largest = s->largest + (ptrdiff_t)row * s->k;
+    int64_t *places = s->places + (ptrdiff_t)row * s->k;
     int kept = 0;
     for (int i = 0; i < s->n; i++) {
         if (kept == s->k && !(x[i] > largest[kept - 1])) continue;
@@ -228,7 +230,7 @@ static void run_unit(const step *s, const pass *p, int unit) {
     case REACH: run_reach(s->of, p, unit); break;
     case CAP: {
         const cap_step *of = s->of;
-        for (int i = 0; i < of->n; i++) of->x[(long)unit * of->stride + i] = capped(of->x[(long)unit * of->stride + i], of->cap);
+        for (int i = 0; i < of->n; i++) of->x[(ptrdiff_t)unit * of->stride + i] = capped(of->x[(ptrdiff_t)unit * of->stride + i], of->cap);
         break;
     }
     case TOP: run_top(s->of, unit); break;
@@ -238,15 +240,20 @@ static void run_unit(const step *s, const pass *p, int unit) {
 static void pause_briefly(int spins) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
-#if !defined(_WIN32)
-    if (spins % 4096 == 4095) sched_yield(); /* somebody else has the core of the one that is waited for */
+    if (spins % 4096 < 4095) return;
+    /* Somebody else has the core of the one that is waited for. */
+#if defined(_WIN32)
+    SwitchToThread();
 #else
-    (void)spins;
+    sched_yield();
 #endif
 }
 
-/* Wait for the others; the last one makes the counter of the step behind them ready for the one after the next. */
+/* Wait for the others, unless one of them will not come; the last one makes the counter of the step behind them ready
+   for the one after the next. */
 static void meet(team *t, int parity) {
     int round = atomic_load_explicit(&t->round, memory_order_acquire);
     if (atomic_fetch_add(&t->arrived, 1) + 1 == t->n_threads) {
@@ -255,12 +262,15 @@ static void meet(team *t, int parity) {
         atomic_store_explicit(&t->round, round + 1, memory_order_release);
         return;
     }
-    for (int spins = 0; atomic_load_explicit(&t->round, memory_order_acquire) == round; spins++) pause_briefly(spins);
+    for (int spins = 0; atomic_load_explicit(&t->round, memory_order_acquire) == round; spins++) {
+        if (atomic_load_explicit(&t->abandoned, memory_order_relaxed)) return;
+        pause_briefly(spins);
+    }
 }
 
-/* To be called by each of `t->n_threads` threads. */
+/* To be called by each of `t->n_threads` threads. A pass that was abandoned has done no one knows what. */
 void edge_spec_run(team *t, const step *steps, int n_steps, const pass *p) {
-    for (int i = 0; i < n_steps; i++) {
+    for (int i = 0; i < n_steps && !atomic_load_explicit(&t->abandoned, memory_order_relaxed); i++) {
         int units = units_of(steps + i, p), unit;
         while ((unit = atomic_fetch_add_explicit(&t->next[i % 2], 1, memory_order_relaxed)) < units)
             run_unit(steps + i, p, unit);

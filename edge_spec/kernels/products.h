@@ -26,7 +26,7 @@ enum { MOST_ACTIVATIONS = 4 };
 /* Rows [row, row + W) of the weights times rows [first, first + A) of the activations, `vector` weights at a time. The
    next tile is fetched in the meantime: the processor sees W short stretches that are read at once, and guesses no
    further. */
-INLINE void tile(const matrix *m, const int W, const int A, const int bits, const int vector, long row, long first) {
+INLINE void tile(const matrix *m, const int W, const int A, const int bits, const int vector, ptrdiff_t row, ptrdiff_t first) {
     const activations *in = m->in;
     const int blocks = m->blocks, width = m->width, block = m->block, row_bytes = width * bits / 8;
     const int8_t *levels = in->levels + first * width;
@@ -57,34 +57,34 @@ INLINE void tile(const matrix *m, const int W, const int A, const int bits, cons
                 bytes low[4], high[4];
 #pragma GCC unroll 8
                 for (int w = 0; w < W; w++) {
-                    const uint8_t *at = packed + (long)w * row_bytes + i / 2;
+                    const uint8_t *at = packed + (ptrdiff_t)w * row_bytes + i / 2;
                     __builtin_prefetch(at + W * row_bytes);
                     bytes x = load_bytes(at);
                     low[w] = low_halves(x), high[w] = high_halves(x);
                 }
 #pragma GCC unroll 8
                 for (int a = 0; a < A; a++) {
-                    bytes even = load_bytes(levels + (long)a * width + i), odd = load_bytes(levels + (long)a * width + i + 32);
+                    bytes even = load_bytes(levels + (ptrdiff_t)a * width + i), odd = load_bytes(levels + (ptrdiff_t)a * width + i + 32);
 #pragma GCC unroll 8
                     for (int w = 0; w < W; w++) parts[w][a] = add4(add4(parts[w][a], low[w], even), high[w], odd);
                 }
             } else {
 #pragma GCC unroll 8
                 for (int w = 0; w < W; w++) {
-                    const uint8_t *at = packed + (long)w * row_bytes + i * bits / 8;
+                    const uint8_t *at = packed + (ptrdiff_t)w * row_bytes + i * bits / 8;
                     __builtin_prefetch(at + W * row_bytes);
                     if (bits == 4) {
                         bytes x = vector < 32 ? few_halves(at) : halves(at);
 #pragma GCC unroll 8
                         for (int a = 0; a < A; a++) {
-                            const int8_t *of = levels + (long)a * width + i;
+                            const int8_t *of = levels + (ptrdiff_t)a * width + i;
                             parts[w][a] = add4(parts[w][a], x, vector < 32 ? load_few(of) : load_bytes(of));
                         }
                     } else {
                         weights8 x = prepare8(vector < 32 ? load_few(at) : load_bytes(at));
 #pragma GCC unroll 8
                         for (int a = 0; a < A; a++) {
-                            const int8_t *of = levels + (long)a * width + i;
+                            const int8_t *of = levels + (ptrdiff_t)a * width + i;
                             parts[w][a] = add8(parts[w][a], x, vector < 32 ? load_few(of) : load_bytes(of));
                         }
                     }
@@ -94,11 +94,11 @@ INLINE void tile(const matrix *m, const int W, const int A, const int bits, cons
         }
 #pragma GCC unroll 8
         for (int w = 0; w < W; w++) {
-            floats weight_scale = all(weight_scales[(long)w * blocks + b]);
+            floats weight_scale = all(weight_scales[(ptrdiff_t)w * blocks + b]);
 #pragma GCC unroll 8
             for (int a = 0; a < A; a++) {
                 floats part = multiply(bits == 4 ? end4(parts[w][a]) : end8(parts[w][a]), weight_scale);
-                sums[w][a] = multiply_add(part, all(scales[(long)a * blocks + b]), sums[w][a]);
+                sums[w][a] = multiply_add(part, all(scales[(ptrdiff_t)a * blocks + b]), sums[w][a]);
             }
         }
     }
@@ -110,10 +110,10 @@ INLINE void tile(const matrix *m, const int W, const int A, const int bits, cons
     }
 }
 
-typedef void (*tile_function)(const matrix *, long row, long first);
+typedef void (*tile_function)(const matrix *, ptrdiff_t row, ptrdiff_t first);
 
 #define TILE(W, A, BITS, VECTOR)                                                                                       \
-    static void tile_##W##_##A##_##BITS##_##VECTOR(const matrix *m, long row, long first) {                            \
+    static void tile_##W##_##A##_##BITS##_##VECTOR(const matrix *m, ptrdiff_t row, ptrdiff_t first) {                            \
         tile(m, W, A, BITS, VECTOR, row, first);                                                                       \
     }
 #define SINGLES(BITS, VECTOR)                                                                                          \
@@ -140,12 +140,12 @@ static int kind_of(const matrix *m) {
 }
 
 /* Rows [begin, end) of a matrix times all n rows of its activations. */
-static void multiply_rows(const matrix *m, long begin, long end, int n) {
+static void multiply_rows(const matrix *m, ptrdiff_t begin, ptrdiff_t end, int n) {
     const tile_function (*of)[MOST_ACTIVATIONS] = tiles[kind_of(m)];
     for (int first = 0; first < n; first += MOST_ACTIVATIONS) {
         int count = n - first < MOST_ACTIVATIONS ? n - first : MOST_ACTIVATIONS;
         int most = several[count - 1];
-        long row = begin;
+        ptrdiff_t row = begin;
         for (; row + most <= end; row += most) of[1][count - 1](m, row, first);
         for (; row < end; row++) of[0][count - 1](m, row, first);
     }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ctypes import Array, Structure, byref, pointer
+from threading import Barrier
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from edge_spec.backends.alignment import round_up
 from edge_spec.export.architecture import DecoderConfig
 from edge_spec.export.graph import HEAD, StoredMatrix, Weights
 from edge_spec.export.quantize import unpack_levels
@@ -80,18 +82,19 @@ class Program:
         self.logits = self._floats(scored, self.head_rows + room)
         self.largest = self._floats(scored, top_k)
         self.log_sums = self._floats(scored, 1)
-        self.places = self._array((scored, top_k), np.int64)
+        self.places = np.zeros((scored, top_k), np.int64)
         self._build()
         self._made: Array[Step] = (Step * len(self._steps))(
             *(Step(kind, ctypes.addressof(of)) for kind, of in self._steps)
         )
         self._pass = Pass(n_threads=threads)
         self._team = Team(n_threads=threads)
-        self._workers = ThreadPoolExecutor(threads - 1, "edge_spec") if threads > 1 else None
+        self._workers = _started(threads - 1) if threads > 1 else None
 
     def bind_cache(self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]], tables: dict[str, Any]) -> None:
         """Work with these from now on: keys and values of each layer [1, n_kv_head, capacity, head_dim], float32, and
-        the rotary tables by name. The caller keeps them alive."""
+        the rotary tables by name."""
+        self._cache = (list(keys), list(values), tables)
         for layer, of in enumerate(self._attention):
             of.keys, of.values = keys[layer].ctypes.data, values[layer].ctypes.data
             of.capacity = keys[layer].shape[2]
@@ -99,22 +102,36 @@ class Program:
                 of.cosines, of.sines = (tables[name].ctypes.data for name in names)
 
     def bind_reached(self, columns: Floats, bias: Floats) -> None:
-        """Score these tokens beside a trimmed head: [hidden, n] and [n], n a multiple of 64, in the caller's memory."""
+        """Score these tokens beside a trimmed head: [hidden, n] and [n], n a multiple of 64; they may change."""
         assert self._reach is not None, "the head is whole"
+        self._reached = (columns, bias)
         assert len(bias) <= self._room, "there is room for what can be reached"
         self._reach.columns, self._reach.bias, self._reach.n = columns.ctypes.data, bias.ctypes.data, len(bias)
         if self._top is not None:
             self._top.n = self.head_rows + len(bias)
 
     def run(self, n: int, past: int, wanted: NDArray[np.int64]) -> None:
-        """One pass over the first `n` rows of `embeddings`, behind `past` tokens; `wanted` are scored."""
+        """One pass over the first `n` rows of `embeddings`, behind `past` tokens; `wanted` are scored.
+
+        What interrupts it ends it for all threads.
+        """
+        assert n <= CHUNK, "a pass has room for no more"
+        assert len(wanted) <= self._scored, "nor for more rows of logits"
         self._pass.n_rows, self._pass.past, self._pass.n_wanted = n, past, len(wanted)
         self._pass.wanted = wanted.ctypes.data
-        others = range(self._team.n_threads - 1)
-        running = [self._workers.submit(self._take_part) for _ in others] if self._workers else []
-        self._take_part()
-        for other in running:
-            other.result()
+        running: list[Future[None]] = []
+        try:
+            if self._workers is not None:
+                running.extend(self._workers.submit(self._take_part) for _ in range(self._team.n_threads - 1))
+            self._take_part()
+            for other in running:
+                other.result()
+        except BaseException:
+            self._team.abandoned = 1
+            if self._workers is not None:
+                wait(other for other in running if not other.cancel())
+            self._team = Team(n_threads=self._team.n_threads)
+            raise
 
     def _take_part(self) -> None:
         """Go through the steps as one of the team; the interpreter's lock is free in the meantime."""
@@ -309,14 +326,14 @@ class Program:
         if key not in self._quantised:
             blocks = part.row_length // block
             self._quantised[key] = Activations(
-                levels=self._at(self._array((CHUNK, part.row_length), np.int8)),
+                levels=self._at(np.zeros((CHUNK, part.row_length), np.int8)),
                 scales=self._at(self._floats(CHUNK, blocks)),
-                shares=self._at(self._floats(CHUNK, _round_up(blocks, LANES))),
+                shares=self._at(self._floats(CHUNK, round_up(blocks, LANES))),
                 width=part.row_length,
                 block=block,
                 paired=paired,
                 blocks=blocks,
-                lanes=_round_up(blocks, LANES),
+                lanes=round_up(blocks, LANES),
             )
         found: Activations = self._quantised[key]
         return found
@@ -330,7 +347,7 @@ class Program:
         if part.zeros is None and not middle:
             return None
         scales = self._mapped[part.scales.offset :][: part.scales.length].view(np.float32).reshape(-1, blocks)
-        lows = self._floats(part.n_rows, _round_up(blocks, LANES))
+        lows = self._floats(part.n_rows, round_up(blocks, LANES))
         if part.zeros is None:
             np.multiply(scales, np.float32(-middle), out=lows[:, :blocks])
             return self._at(lows)
@@ -351,10 +368,7 @@ class Program:
         return self._at(self._weights.vectors[name])
 
     def _floats(self, *shape: int) -> Floats:
-        return self._array(shape, np.float32)
-
-    def _array(self, shape: tuple[int, ...], kind: DTypeLike) -> NDArray[Any]:
-        return np.zeros(shape, kind)
+        return np.zeros(shape, np.float32)
 
     def _at(self, array: NDArray[Any]) -> int:
         """The address of an array, which is kept alive."""
@@ -366,8 +380,19 @@ class Program:
         return structures
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def _started(threads: int) -> ThreadPoolExecutor:
+    """Threads that are there, not ones that may fail to start in a pass. RuntimeError where they cannot be had."""
+    pool = ThreadPoolExecutor(threads, "edge_spec")
+    together = Barrier(threads + 1)
+    try:
+        for _ in range(threads):
+            pool.submit(together.wait)
+        together.wait()
+    except BaseException:
+        together.abort()
+        pool.shutdown()
+        raise
+    return pool
 
 
 def _format(part: StoredMatrix) -> _Format:

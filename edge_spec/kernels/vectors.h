@@ -7,6 +7,7 @@
 #define EDGE_SPEC_VECTORS_H
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edge_spec.backends._padded_model import scored_rows
 from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.export.architecture import DecoderConfig, tensor_shapes
 from edge_spec.export.graph import StoredMatrix
@@ -13,9 +14,6 @@ from edge_spec.types import TOP_K
 
 LLAMA_UBATCH = 512
 """Tokens that `backends.llama` lets llama.cpp plan a pass for."""
-
-NATIVE_SCORED_BYTES = 8 << 20
-"""Logits that `backends.native` lets a scored pass hold."""
 
 
 def logits_bytes(n_vocab: int, max_rows: int) -> int:
@@ -89,20 +87,18 @@ def native_logits(config: DecoderConfig, rows: int, max_rows: int) -> tuple[int,
     Beside those of a trimmed head there are logits of tokens that were reached, and of each row the best.
     """
     max_rows = round_up(max_rows, MAX_ALIGNMENT)
-    scored = max(max_rows, min(64, NATIVE_SCORED_BYTES // (4 * rows)))
+    scored = scored_rows(rows, max_rows)
     row = 4 * (rows + config.hidden + 1)
     if rows < config.n_vocab:
         row += 4 * REACHED_ROWS + 12 * min(TOP_K, rows)
     return scored * row, max_rows * row
 
 
-def native_trimmed_head(config: DecoderConfig, rows: int, max_rows: int) -> int:
-    """What `backends.trimmed_head` holds: ids, which tokens are known, rows of those that were reached; and rows as
-    long as the vocabulary, which reading a prompt in several passes makes, though none is asked for."""
+def native_trimmed_head(config: DecoderConfig, rows: int) -> int:
+    """What `backends.trimmed_head` holds: ids, which tokens are known, rows of those that were reached."""
     if rows == config.n_vocab:
         return 0
-    spread = 4 * round_up(max_rows, MAX_ALIGNMENT) * config.n_vocab
-    return 8 * rows + config.n_vocab + REACHED_ROWS * (4 * config.hidden + 12) + spread
+    return 8 * rows + config.n_vocab + REACHED_ROWS * (4 * config.hidden + 12)
 
 
 def native_vectors(config: DecoderConfig) -> int:

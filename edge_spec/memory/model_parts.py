@@ -137,7 +137,7 @@ def _native_parts(model: _Model) -> list[Component]:
     reused = runtime.NATIVE_REUSED_PER_MERGE * facts.merges if model.owner is Owner.TARGET else 0
     rows = head_rows(facts, matrices)
     allocated, touched = compute.native_logits(config, rows, settings.max_rows)
-    logits = touched + compute.native_trimmed_head(config, rows, settings.max_rows)
+    logits = touched + compute.native_trimmed_head(config, rows)
     return [
         model.part(
             "weights",
