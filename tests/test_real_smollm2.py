@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from edge_spec.export import RECIPES, export_model
 from edge_spec.formats.ggml import GGMLType
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.tokenizer import Tokenizer
-from edge_spec.types import Decoded, Output
+from edge_spec.types import Output
 from tests.exported_values import exported_values
 from tests.gguf_builder import TensorSpec, metadata_of, write_gguf
 
@@ -210,13 +211,14 @@ def write_first_layer(source: Path, path: Path, kind: GGMLType) -> Mapping[str, 
 
 def test_a_chat_of_three_turns_reads_only_what_is_new(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     read = dict.fromkeys((engine.info.target, "draft"), 0)
-    original = OnnxModel.decode
+    model: Any = type(engine._target._model)
+    original = model.decode
 
-    def count(self: OnnxModel, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
+    def count(self: CausalLM, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Any:
         read[self.spec.name] += len(tokens)
         return original(self, tokens, rows=rows, want=want)
 
-    monkeypatch.setattr(OnnxModel, "decode", count)
+    monkeypatch.setattr(model, "decode", count)
     engine.reset()
     chat = engine.chat(system="You answer in one sentence.")
     known = drafted = 0
@@ -237,7 +239,7 @@ def test_generate_json_prints_one_object_with_the_documented_fields(
     smollm2_path: Path, draft: Path, home: Path
 ) -> None:
     command = [str(Path(sys.executable).with_name("edge-spec")), "generate", PROMPTS[0], "--json", "--max-tokens", "12"]
-    models = ["--target", str(smollm2_path), "--draft", str(draft), "--recipe", "int8"]
+    models = ["--target", str(smollm2_path), "--draft", str(draft), "--recipe", "int8", "--backend", "onnx"]
     done = subprocess.run(
         [*command, *models],
         env={**os.environ, "EDGE_SPEC_HOME": str(home)},
