@@ -11,6 +11,8 @@ from edge_spec import Engine
 
 pytestmark = pytest.mark.real
 
+N_CTX = 128
+"""Fewer tokens than the questions take, however short the answers are."""
 QUESTIONS = (
     "Name three animals that live in the sea.",
     "Which of them is the largest, and how long can it get?",
@@ -21,7 +23,7 @@ QUESTIONS = (
 )
 
 
-@pytest.fixture(scope="module", params=["onnx", "llama"])
+@pytest.fixture(scope="module", params=["native", "onnx", "llama"])
 def engine(
     request: pytest.FixtureRequest, smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
@@ -29,7 +31,9 @@ def engine(
     (folder / "draft.gguf").symlink_to(smollm2_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGE_SPEC_HOME", str(folder))
-        with Engine.load(target=smollm2_path, draft=folder / "draft.gguf", backend=request.param, n_ctx=256) as loaded:
+        with Engine.load(
+            target=smollm2_path, draft=folder / "draft.gguf", backend=request.param, n_ctx=N_CTX
+        ) as loaded:
             yield loaded
 
 
