@@ -75,6 +75,8 @@ class Report:
             "working_set_fits": self.working_set_fits,
             "verdict": self.verdict,
             "budget_bytes": self.budget_bytes,
+            "backend": counted.settings.backend,
+            "draft_backend": counted.settings.backend_of_draft if counted.draft is not None else None,
             "n_ctx": counted.settings.n_ctx,
             "committed_bytes": counted.committed_bytes,
             "working_set_bytes": counted.working_set_bytes,
