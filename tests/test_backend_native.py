@@ -171,15 +171,16 @@ def test_an_interrupted_pass_ends_for_all_threads_and_the_model_goes_on(
     model = open_native(export(tmp_path), kernels_dir, threads=2)
     expected = model.decode([1, 2, 3]).logits.copy()
     model.rollback(0)
-    take_part = model._program._take_part
+    threads = model._program._threads
+    take_part = threads._take_part
 
-    def interrupted() -> None:
+    def interrupted(*pass_: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             raise KeyboardInterrupt
-        take_part()
+        take_part(*pass_)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._program, "_take_part", interrupted)
+        patch.setattr(threads, "_take_part", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.decode([1, 2, 3])
     model.rollback(0)

@@ -75,7 +75,7 @@ def arrays_of(program: Program) -> dict[int, int]:
     and weights stay in the file."""
     found: dict[int, int] = {}
     outputs = [getattr(program, name) for name in ("embeddings", "normed", "logits", "largest", "log_sums", "places")]
-    for array in [*outputs, *program._held]:
+    for array in [*outputs, *program._held._held]:
         owner = array
         while isinstance(owner, np.ndarray) and isinstance(owner.base, np.ndarray):
             owner = owner.base
