@@ -109,12 +109,15 @@ def choose_backends(
     """The fastest of the `able` backends for a target of these times, and for its draft.
 
     `draft` is None without a draft model; `draft_backend` is where the user wants it; `plain`: nothing drafts. Where no
-    times are known native is taken if it has kernels for this processor, else the first of the able backends.
+    times of native are known it is taken if it has kernels for this processor; where none of any are, the first of the
+    able backends.
     """
     timed = {name: target[name] for name in BACKENDS if name in able and name in target}
+    missing = [name for name in able if name not in target]
+    notes = (f"backend {AUTO}: {' and '.join(missing)} not compared yet; {COMPARE} does",) if missing else ()
+    if NATIVE in missing and has_kernels():
+        return Choice(NATIVE, chosen_draft_backend(draft_backend, NATIVE), notes=notes if timed else ())
     if not timed:
-        if NATIVE in able and has_kernels():
-            return Choice(NATIVE, chosen_draft_backend(draft_backend, NATIVE))
         first = next(name for name in BACKENDS if name in able)
         note = f"backend {AUTO}: nothing was compared on this machine yet, so {first} is taken; {COMPARE} compares"
         return Choice(first, chosen_draft_backend(draft_backend, first), notes=(note,))
@@ -127,8 +130,6 @@ def choose_backends(
             if best is None or rate > (1 + _LEAST_GAIN) * (best.tokens_per_s or 0):
                 best = Choice(name, other, times.threads, rate)
     assert best is not None
-    missing = [name for name in able if name not in target]
-    notes = (f"backend {AUTO}: {' and '.join(missing)} not compared yet; {COMPARE} does",) if missing else ()
     return replace(best, notes=notes, has_draft=bool(drafting))
 
 

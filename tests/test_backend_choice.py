@@ -91,6 +91,15 @@ def test_without_times_native_is_taken_where_its_kernels_know_the_processor(
     assert (choice.backend, choice.draft_backend, bool(choice.notes)) == (taken, taken, taken != "native")
 
 
+def test_times_of_others_say_nothing_of_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_choice, "processor_features", lambda: frozenset({"avx2"}))
+    able, target = ("onnx", "native", "llama"), {"onnx": STEEP, "llama": SLOW}
+    choice = choose_backends(able, target, DRAFT)
+    assert (choice.backend, choice.draft_backend) == ("native", "native")
+    assert "native not compared yet" in choice.notes[0]
+    assert choose_backends(able, {**target, "native": SLOW}, DRAFT).backend == "onnx"
+
+
 def test_a_backend_that_was_not_compared_is_named() -> None:
     choice = choose_backends(ALL, {"onnx": STEEP, "llama": SLOW}, DRAFT)
     assert choice.backend == "onnx"

@@ -56,6 +56,40 @@ def test_one_interrupted_pass_does_not_change_the_picture() -> None:
     assert costs.target_s(2) < 0.04
 
 
+def test_until_wide_passes_are_seen_rows_cost_what_tokens_of_a_prompt_do() -> None:
+    costs = Costs(max_rows=8)
+    costs.observe_prompt(200, 5.0)
+    costs.observe_target(1, 0.050)
+    assert costs.target_s(8) == pytest.approx(0.050 + 7 * 0.025)
+    costs.observe_target(4, 0.080)
+    assert costs.target_s(8) == pytest.approx(0.120, rel=0.1), "what passes took counts more"
+
+
+def test_a_prompt_too_short_to_tell_of_rows_does_not() -> None:
+    costs, told = Costs(max_rows=8), Costs(max_rows=8)
+    told.observe_prompt(3, 0.15)
+    for each in (costs, told):
+        each.observe_target(1, 0.050)
+    assert told.target_s(8) == costs.target_s(8)
+
+
+def test_a_prompt_that_was_slow_to_read_makes_no_pass_cheaper_than_nothing() -> None:
+    costs = Costs(max_rows=8)
+    costs.observe_prompt(200, 200 * 0.5)
+    costs.observe_target(1, 0.050)
+    assert costs.target_s(8) == pytest.approx(8 * 0.050)
+
+
+def test_where_rows_are_dear_the_draft_is_taken_to_read_dearly_too() -> None:
+    shares = []
+    for row_s in (0.002, 0.030):
+        costs = Costs(max_rows=8)
+        costs.observe_prompt(200, 200 * row_s)
+        costs.observe_target(1, 0.050)
+        shares.append(costs.read_s / costs.draft_s)
+    assert 0.2 < shares[0] < 0.5 < shares[1] < 0.7
+
+
 def test_reading_and_drafting_are_told_apart() -> None:
     costs = Costs(max_rows=4)
     costs.observe_draft(1, 0.010)

@@ -197,7 +197,9 @@ class SpeculativeDecoder:
                 stats.draft_s += lap()
                 stats.draft_model_s += draft.model_s
 
-                reading = interruptions.watch(is_prompt=stats.steps == 0)
+                is_prompt = stats.steps == 0
+                reading = interruptions.watch(is_prompt=is_prompt)
+                unread = self._session.count_unread(history.tokens, stats.holes) if is_prompt else 0
                 sequence, num_rows = history.tokens + draft.tokens, len(draft.tokens) + 1
                 decoded = self._session.decode(sequence, rows=num_rows, holes=stats.holes, on_progress=reading)
                 target_s = lap()
@@ -209,7 +211,9 @@ class SpeculativeDecoder:
                 if finish_reason is not None:
                     yield Step([], finish_reason=finish_reason)
                 continue
-            self._drafter.observe(history.tokens, draft, verdict, target_s if stats.steps else None)
+            if is_prompt:
+                self._drafter.observe_prompt(unread, target_s)
+            self._drafter.observe(history.tokens, draft, verdict, None if is_prompt else target_s)
             tokens = limits.cut([*draft.tokens[: verdict.num_accepted], verdict.next_token])
             history.extend(tokens)
             finish_reason = limits.finish_reason(history, may_evict=self._may_evict(history, limits))

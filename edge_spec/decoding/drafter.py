@@ -59,6 +59,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def observe_prompt(self, tokens_read: int, seconds: float) -> None:  # noqa: ARG002
+        """Called when the target has read the prompt: so many tokens that it had not in its cache, in so long."""
+        return
+
     def observe(self, context: Context, draft: Draft, verdict: Verdict, target_s: float | None) -> None:  # noqa: ARG002
         """Called with the fate of each draft and the context that it was made for.
 

@@ -189,6 +189,11 @@ class Planner(Drafter):
                 book.costs.observe_draft(tokens_read, seconds)
         return draft
 
+    def observe_prompt(self, tokens_read: int, seconds: float) -> None:
+        """Learn what a token costs that is read with many others."""
+        if not self._is_fixed:
+            self._book.costs.observe_prompt(tokens_read, seconds)
+
     def observe(self, context: Context, draft: Draft, verdict: Verdict, target_s: float | None) -> None:  # noqa: ARG002
         """Learn what became of the draft and what the pass cost."""
         book = self._book
