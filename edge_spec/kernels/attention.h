@@ -69,6 +69,30 @@ INLINE floats lanes_of_product(const float *x, const float *y, int n) {
     return add(sum, more);
 }
 
+/* The same of x and four rows of y: what is loaded of x serves all of them. */
+INLINE void lanes_of_products(floats lanes[4], const float *x, const float *y, int n) {
+    floats sums[4], more[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) sums[k] = more[k] = all(0);
+    int i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        floats first = load(x + i), second = load(x + i + LANES);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            sums[k] = multiply_add(first, load(y + (ptrdiff_t)k * n + i), sums[k]);
+            more[k] = multiply_add(second, load(y + (ptrdiff_t)k * n + i + LANES), more[k]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        const float *of = y + (ptrdiff_t)k * n;
+        int j = i;
+        for (; j + LANES <= n; j += LANES) sums[k] = multiply_add(load(x + j), load(of + j), sums[k]);
+        if (j < n) more[k] = multiply_add(load_some(x + j, n - j), load_some(of + j, n - j), more[k]);
+        lanes[k] = add(sums[k], more[k]);
+    }
+}
+
 /* out += the values weighed by `weights`, n of them. */
 INLINE void add_weighed(float *out, const float *values, const float *weights, int n, int dim) {
     int i = 0;
@@ -94,8 +118,11 @@ static void attend(const attention *at, const float *query, int kv_head, int beg
     float scores[KEYS_AT_A_TIME + LANES];
     for (int key = 0; key < n; key += 4) {
         floats lanes[4];
-        for (int i = 0; i < 4; i++)
-            lanes[i] = key + i < n ? lanes_of_product(query, keys + (ptrdiff_t)(key + i) * dim, dim) : all(0);
+        if (key + 4 <= n)
+            lanes_of_products(lanes, query, keys + (ptrdiff_t)key * dim, dim);
+        else
+            for (int i = 0; i < 4; i++)
+                lanes[i] = key + i < n ? lanes_of_product(query, keys + (ptrdiff_t)(key + i) * dim, dim) : all(0);
         totals(scores + key, lanes[0], lanes[1], lanes[2], lanes[3]);
     }
     float most = state[0];
