@@ -39,7 +39,7 @@ BACKENDS = ("onnx", "native", "openvino", "llama")
 
 KV_TYPES = {
     "onnx": ("f32", "q8"),
-    "native": ("f32",),
+    "native": ("f32", "f16"),
     "openvino": ("f32", "f16", "u8"),
     "llama": ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
 }
@@ -245,7 +245,12 @@ class Loader:
             from edge_spec.backends.native import NativeModel
 
             return NativeModel(
-                export, name=source.name, n_ctx=n_ctx, threads=self.threads, kernels_dir=kernels_dir(self.store)
+                export,
+                name=source.name,
+                n_ctx=n_ctx,
+                threads=self.threads,
+                kernels_dir=kernels_dir(self.store),
+                kv=self.kv or KV_TYPES["native"][0],
             )
         from edge_spec.backends.onnx import OnnxModel
 

@@ -97,6 +97,21 @@ def test_logits_of_every_architecture_are_those_of_the_onnx_backend_over_long_te
     assert_agree(made, kernels_dir, n_ctx=n_ctx)
 
 
+@pytest.mark.parametrize("model", [{}, UNEVEN], ids=["whole vectors", "uneven"])
+def test_halves_hold_the_same_in_half_the_bytes(model: dict[str, Any], kernels_dir: Path, tmp_path: Path) -> None:
+    made, tokens = export(tmp_path, **model), list(range(5, 105))
+    whole, half = open_native(made, kernels_dir), open_native(made, kernels_dir, kv="f16")
+    assert (half.spec.kv_type, 2 * half.spec.kv_bytes_per_token) == ("f16", whole.spec.kv_bytes_per_token)
+    expected, found = (each.decode(tokens, rows=8).logits.copy() for each in (whole, half))
+    assert not np.array_equal(found, expected)
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999
+    # The first layer sees nothing of the cache before it writes to it.
+    for floats, halves in zip(next(whole.cached_layers()), next(half.cached_layers()), strict=True):
+        np.testing.assert_array_equal(halves, floats.astype(np.float16))
+    whole.close()
+    half.close()
+
+
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
 @pytest.mark.parametrize("window", [63, 64, 65, WINDOW, 2 * WINDOW])
 def test_windows_that_end_within_a_stretch_of_keys_or_at_one(

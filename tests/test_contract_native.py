@@ -28,6 +28,7 @@ class NativeModels:
 
     recipe: ClassVar[Recipe] = RECIPES["int4"]
     threads: ClassVar[int] = 1
+    kv: ClassVar[str] = "f32"
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -44,7 +45,9 @@ class NativeModels:
     @pytest.fixture
     def make_model(self, export: Export, kernels_dir: Path) -> MakeModel:
         def make(n_ctx: int) -> NativeModel:
-            model = NativeModel(export, name="tiny", n_ctx=n_ctx, threads=self.threads, kernels_dir=kernels_dir)
+            model = NativeModel(
+                export, name="tiny", n_ctx=n_ctx, threads=self.threads, kernels_dir=kernels_dir, kv=self.kv
+            )
             model.align_rows(1)
             return model
 
@@ -86,6 +89,11 @@ class TestInt8(NativeContract):
 
 class TestInt8OfTwoThreads(NativeContract):
     recipe = RECIPES["int8"]
+    threads = 2
+
+
+class TestHalves(NativeContract):
+    kv = "f16"
     threads = 2
 
 
@@ -182,9 +190,10 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     return export_model(source, RECIPES["int4"], folder / "model", sha256="0" * 64, threads=1)
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+@pytest.fixture(params=[(1, "f32"), (2, "f32"), (2, "f16")], ids=["one thread", "two threads", "halves"])
 def model(request: pytest.FixtureRequest, export: Export, kernels_dir: Path) -> Iterator[NativeModel]:
-    model = NativeModel(export, name="tiny", n_ctx=512, threads=request.param, kernels_dir=kernels_dir)
+    threads, kv = request.param
+    model = NativeModel(export, name="tiny", n_ctx=512, threads=threads, kernels_dir=kernels_dir, kv=kv)
     yield model
     model.close()
 

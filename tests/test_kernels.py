@@ -20,7 +20,7 @@ from edge_spec.errors import BackendUnavailableError
 from edge_spec.kernels import build
 from edge_spec.kernels.build import find_compiler, load_library
 from edge_spec.kernels.check import find_fault
-from edge_spec.kernels.library import Multiply, open_library
+from edge_spec.kernels.library import Attention, Kind, Multiply, Pass, Step, Team, open_library
 
 Build = Callable[[Path], Any]
 
@@ -138,6 +138,46 @@ def test_wrong_products_are_a_fault(native: Path) -> None:
     fault = find_fault(library)
     assert fault is not None
     assert "8 bits in blocks of 256 are not what they should be" in fault
+
+
+# Halves
+
+
+@pytest.mark.parametrize("form", ["native", "portable"])
+def test_what_is_cached_in_halves_is_rounded_as_numpy_does(form: str, request: pytest.FixtureRequest) -> None:
+    """To the nearest, halfway to the even one; what is too large, and what is too small for all of its bits, too."""
+    library = open_library(request.getfixturevalue(form))
+    rng, dim = np.random.default_rng(0), 20  # whole vectors, and a rest
+    magnitudes = np.float32(2) ** rng.integers(-27, 18, 4000).astype(np.float32)
+    edges = np.array([0, -0.0, 65504, 65519, 65520, -1e9, np.inf], np.float32)
+    halfway = np.arange(1, 2000, dtype=np.float32) * np.float32(2**-25)
+    values = np.concatenate([magnitudes * rng.normal(size=4000).astype(np.float32), edges, halfway])
+    values = np.resize(values, (len(values) // dim + 1, dim))
+    n = len(values)
+    qkv = np.concatenate([np.zeros((n, 2 * dim), np.float32), values], axis=1)
+    keys, cached = np.zeros((n, dim), np.float16), np.zeros((n, dim), np.float16)
+    out, states = np.zeros((n, dim), np.float32), np.zeros((n, 2), np.float32)
+    # Each token attends to itself alone, so that what comes out is what was cached.
+    attention = Attention(
+        qkv=qkv.ctypes.data,
+        keys=keys.ctypes.data,
+        values=cached.ctypes.data,
+        out=out.ctypes.data,
+        states=states.ctypes.data,
+        n_head=1,
+        n_kv_head=1,
+        head_dim=dim,
+        capacity=n,
+        window=1,
+        is_half=1,
+        scale=1,
+    )
+    steps = (Step * 2)(*(Step(kind, ctypes.addressof(attention)) for kind in (Kind.CACHE, Kind.ATTEND)))
+    library.edge_spec_run(ctypes.byref(Team(n_threads=1)), steps, 2, ctypes.byref(Pass(n_rows=n, n_threads=1)))
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    np.testing.assert_array_equal(cached.view(np.uint16), expected.view(np.uint16))
+    np.testing.assert_array_equal(out, expected.astype(np.float32))
 
 
 # What is built

@@ -67,7 +67,8 @@ def test_every_type_of_llama_runs(models: Path, kv: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "kv"), [("onnx", "f16"), ("onnx", "q8_0"), ("onnx", "u8"), ("openvino", "q8"), ("llama", "q8")]
+    ("backend", "kv"),
+    [("onnx", "f16"), ("onnx", "q8_0"), ("onnx", "u8"), ("native", "q8"), ("openvino", "q8"), ("llama", "q8")],
 )
 def test_a_type_that_a_backend_does_not_have_is_refused_with_those_it_has(models: Path, backend: str, kv: str) -> None:
     with pytest.raises(UsageError, match=f"the {backend} backend stores .* as {', '.join(KV_TYPES[backend])}"):
@@ -80,14 +81,17 @@ def test_a_model_that_falls_back_to_llama_refuses_a_type_of_onnx(tmp_path: Path)
         Engine.load(target=odd, drafter="none", kv="q8", threads=1)
 
 
-def test_greedy_text_with_8_bits_is_the_same_for_every_drafter_and_the_engine_tells_the_type(models: Path) -> None:
+@pytest.mark.parametrize(("backend", "kv"), [("onnx", "q8"), ("native", "f16")])
+def test_greedy_text_with_fewer_bits_is_the_same_for_every_drafter_and_the_engine_tells_the_type(
+    models: Path, backend: str, kv: str
+) -> None:
     with Engine.load(
-        target=models / "target.gguf", draft=models / "draft.gguf", recipe="int8", kv="q8", threads=1
+        target=models / "target.gguf", draft=models / "draft.gguf", recipe="int8", backend=backend, kv=kv, threads=1
     ) as engine:
-        assert engine.info.kv == "q8"
+        assert engine.info.kv == kv
         for prompt in PROMPTS:
             plain = engine.generate(prompt, max_tokens=40, drafter="none")
-            assert "keys and values are stored as q8: texts may differ from f32's" in plain.notes
+            assert f"keys and values are stored as {kv}: texts may differ from f32's" in plain.notes
             for drafter in ("lookup", "model"):
                 assert engine.generate(prompt, max_tokens=40, drafter=drafter).token_ids == plain.token_ids, drafter
 

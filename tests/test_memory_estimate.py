@@ -55,19 +55,21 @@ def test_a_trimmed_head_is_counted_as_it_is_exported(tmp_path: Path) -> None:
     assert stored_bytes(stored_matrices(facts_of_export(export.path), None)) == export.weight_bytes
 
 
-@pytest.mark.parametrize("backend", ["onnx", "native"])
-def test_cache_bytes_are_those_that_the_backend_allocates(tmp_path: Path, backend: str, kernels_dir: Path) -> None:
+@pytest.mark.parametrize(("backend", "kv"), [("onnx", "f32"), ("native", "f32"), ("native", "f16")])
+def test_cache_bytes_are_those_that_the_backend_allocates(
+    tmp_path: Path, backend: str, kv: str, kernels_dir: Path
+) -> None:
     source = write_tiny_gguf(tmp_path / "m.gguf", architecture="gemma2", n_kv_head=1)
     export = export_model(source, RECIPES["int8"], tmp_path / "export", sha256="0" * 64)
     model: OnnxModel | NativeModel
     if backend == "onnx":
         model = OnnxModel(export, name="m", n_ctx=N_CTX, threads=1)
     else:
-        model = NativeModel(export, name="m", n_ctx=N_CTX, threads=1, kernels_dir=kernels_dir)
+        model = NativeModel(export, name="m", n_ctx=N_CTX, threads=1, kernels_dir=kernels_dir, kv=kv)
     held = [array.nbytes for _, array in model._cache.arrays()]
     model.close()
 
-    assert cache_bytes(facts_of_gguf(source), N_CTX, backend, find_kv_type(None, backend)) == sum(held)
+    assert cache_bytes(facts_of_gguf(source), N_CTX, backend, find_kv_type(kv, backend)) == sum(held)
 
 
 def arrays_of(program: Program) -> dict[int, int]:

@@ -52,12 +52,21 @@ class ParkedArrays:
 class ContiguousCache:
     """Keys and values of each layer, [1, n_kv_head, capacity, head_dim], keys with their rotary embedding.
 
-    They are float32, or int8 where there are `scales` of a step. `n_ctx` decides the rotary embedding where that
+    They are of type `kind`, or int8 where there are `scales` of a step. `n_ctx` decides the rotary embedding where that
     depends on the window; `capacity` tokens have room.
     """
 
-    def __init__(self, config: DecoderConfig, n_ctx: int, capacity: int, scales: KvScales | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        n_ctx: int,
+        capacity: int,
+        scales: KvScales | None = None,
+        *,
+        kind: type[np.floating[Any]] = np.float32,
+    ) -> None:
         self._config = config
+        self._kind = kind if scales is None else np.int8
         self._n_ctx = n_ctx
         self._capacity = capacity
         self._scales = scales
@@ -142,8 +151,7 @@ class ContiguousCache:
 
     def _allocate(self, capacity: int) -> Pair:
         shape = (1, self._config.n_kv_head, capacity, self._config.head_dim)
-        kind = np.float32 if self._scales is None else np.int8
-        return paged_array(shape, kind), paged_array(shape, kind)
+        return paged_array(shape, self._kind), paged_array(shape, self._kind)
 
     def _turn(self, layer: int, keys: NDArray[Any], angles: NDArray[np.float64]) -> NDArray[Any]:
         """Keys [1, n_kv_head, n, head_dim] turned by `angles`; steps are rounded anew."""

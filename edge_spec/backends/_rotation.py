@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_spec.export.architecture import DecoderConfig
 
 
-def turn_keys(config: DecoderConfig, keys: NDArray[np.float32], angles: NDArray[np.float64]) -> NDArray[np.float32]:
-    """`keys` [..., head_dim] with each rotary pair turned by `angles` [..., rope_dim/2], radians; a copy.
+def turn_keys(config: DecoderConfig, keys: NDArray[Any], angles: NDArray[np.float64]) -> NDArray[Any]:
+    """`keys` [..., head_dim], floats of any size, with each rotary pair turned by `angles` [..., rope_dim/2], radians;
+    a copy of their type.
 
     A rotary embedding is a rotation by position times frequency (arXiv 2104.09864), so a key of position p becomes
     one of position p + d by a further turn by d times the frequency; a magnitude is in the key already.

@@ -33,6 +33,8 @@ from edge_spec.kernels.library import CHUNK
 from edge_spec.kernels.program import Program
 from edge_spec.types import TOP_K, Decoded, Logits, ModelSpec, Output
 
+_KINDS: dict[str, type[np.floating[Any]]] = {"f32": np.float32, "f16": np.float16}
+"""What keys and values may be stored as."""
 _NONE = np.empty(0, np.int64)
 """The wanted rows of a pass whose logits nobody asks for: the head is left out then."""
 
@@ -40,15 +42,24 @@ _NONE = np.empty(0, np.int64)
 class NativeModel(ContiguousModel):
     """An export on kernels of our own; implements `backends.base.CausalLM`.
 
-    `threads` go through a pass together. The kernels are compiled into `kernels_dir` at the first use. Raises
-    BackendUnavailableError where there is no compiler.
+    `threads` go through a pass together; `kv` is how keys and values are stored, "f32" or "f16". The kernels are
+    compiled into `kernels_dir` at the first use. Raises BackendUnavailableError where there is no compiler.
     """
 
     def __init__(
-        self, export: Export, *, name: str, n_ctx: int, threads: int, kernels_dir: Path, max_rows: int = 16
+        self,
+        export: Export,
+        *,
+        name: str,
+        n_ctx: int,
+        threads: int,
+        kernels_dir: Path,
+        kv: str = "f32",
+        max_rows: int = 16,
     ) -> None:
         config = export.config
         check_exact(config, name, n_ctx)
+        kind = _KINDS[kv]
         max_rows = min(round_up(max_rows, MAX_ALIGNMENT), CHUNK - MAX_ALIGNMENT)  # one chunk has them all, padded too
         spec = ModelSpec(
             name=name,
@@ -60,10 +71,10 @@ class NativeModel(ContiguousModel):
             n_kv_heads=config.n_kv_head,
             head_dim=config.head_dim,
             weight_bytes=export.weight_bytes,
-            kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * 4,
+            kv_bytes_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * kind().itemsize,
             max_rows=max_rows,
             row_alignment=None,
-            kv_type="f32",
+            kv_type=kv,
             can_evict=True,
             can_resize=True,
             can_park=True,
@@ -78,7 +89,7 @@ class NativeModel(ContiguousModel):
         head_rows = sum(part.n_rows for part in weights.matrices[HEAD])
         scored = scored_rows(head_rows, max_rows)
         with self._translated(f"loading {name}"):
-            self._cache: Any = ContiguousCache(config, n_ctx, capacity_for(n_ctx))
+            self._cache: Any = ContiguousCache(config, n_ctx, capacity_for(n_ctx), kind=kind)
             self._program: Any = Program(
                 library,
                 config,

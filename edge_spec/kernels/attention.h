@@ -7,14 +7,15 @@
 enum { KEYS_AT_A_TIME = 64 };
 
 /* Queries, keys and values of a pass lie behind each other in rows of `qkv`. The cache is [n_kv_head, capacity,
-   head_dim] each for keys, turned, and values. `norms`: gains of each head's queries and keys, NULL: not normed;
+   head_dim] each for keys, turned, and values, in floats or, where `is_half` is set, halves. `norms`: gains of each head's queries and keys, NULL: not normed;
    `cosines` and `sines`: [positions, rope_dim / 2], NULL: not turned. `out`: [rows, n_head * head_dim]; `states`: the
    largest score and the sum of each row's heads, [rows, n_head, 2]. */
 typedef struct {
     float *qkv;
     const float *query_norm, *key_norm, *cosines, *sines;
-    float *keys, *values, *out, *states;
-    int32_t n_head, n_kv_head, head_dim, rope_dim, interleaved, capacity, window;
+    void *keys, *values;
+    float *out, *states;
+    int32_t n_head, n_kv_head, head_dim, rope_dim, interleaved, capacity, window, is_half;
     float epsilon, scale, softcap;
 } attention;
 
@@ -41,6 +42,33 @@ static void turn(const attention *at, float *head, int position) {
     }
 }
 
+enum { FLOAT, HALF }; /* what is cached */
+
+/* LANES of what is cached from element i on. */
+INLINE floats load_cached(const void *p, ptrdiff_t i, const int kind) {
+    return kind == HALF ? load_halves((const uint16_t *)p + i) : load((const float *)p + i);
+}
+
+INLINE floats load_some_cached(const void *p, ptrdiff_t i, int n, const int kind) {
+    if (kind == FLOAT) return load_some((const float *)p + i, n);
+    uint16_t of[LANES] = {0};
+    for (int j = 0; j < n; j++) of[j] = ((const uint16_t *)p)[i + j];
+    return load_halves(of);
+}
+
+static void cache(void *to, ptrdiff_t place, const float *x, int n, int is_half) {
+    if (!is_half) {
+        memcpy((float *)to + place, x, sizeof(float) * (size_t)n);
+        return;
+    }
+    uint16_t *halves = (uint16_t *)to + place, rest[LANES];
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store_halves(halves + i, load(x + i));
+    if (i == n) return;
+    store_halves(rest, load_some(x + i, n - i));
+    memcpy(halves + i, rest, sizeof(uint16_t) * (size_t)(n - i));
+}
+
 /* Norm and turn one row's queries and keys, and cache its keys and values at `position`. */
 static void cache_row(const attention *at, int row, int position) {
     int dim = at->head_dim, heads = at->n_head + at->n_kv_head;
@@ -52,77 +80,93 @@ static void cache_row(const attention *at, int row, int position) {
     }
     for (int head = 0; head < at->n_kv_head; head++) {
         ptrdiff_t to = ((ptrdiff_t)head * at->capacity + position) * dim;
-        memcpy(at->keys + to, x + (at->n_head + head) * dim, sizeof(float) * (size_t)dim);
-        memcpy(at->values + to, x + (heads + head) * dim, sizeof(float) * (size_t)dim);
+        cache(at->keys, to, x + (at->n_head + head) * dim, dim, at->is_half);
+        cache(at->values, to, x + (heads + head) * dim, dim, at->is_half);
     }
 }
 
-INLINE floats lanes_of_product(const float *x, const float *y, int n) {
+/* A query times the cached row at `row`, still in lanes. */
+INLINE floats lanes_of_product(const float *query, const void *keys, ptrdiff_t row, int n, const int kind) {
     floats sum = all(0), more = all(0);
     int i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        sum = multiply_add(load(x + i), load(y + i), sum);
-        more = multiply_add(load(x + i + LANES), load(y + i + LANES), more);
+        sum = multiply_add(load(query + i), load_cached(keys, row + i, kind), sum);
+        more = multiply_add(load(query + i + LANES), load_cached(keys, row + i + LANES, kind), more);
     }
-    for (; i + LANES <= n; i += LANES) sum = multiply_add(load(x + i), load(y + i), sum);
-    if (i < n) more = multiply_add(load_some(x + i, n - i), load_some(y + i, n - i), more);
+    for (; i + LANES <= n; i += LANES) sum = multiply_add(load(query + i), load_cached(keys, row + i, kind), sum);
+    if (i < n) more = multiply_add(load_some(query + i, n - i), load_some_cached(keys, row + i, n - i, kind), more);
     return add(sum, more);
 }
 
-/* The same of x and four rows of y: what is loaded of x serves all of them. */
-INLINE void lanes_of_products(floats lanes[4], const float *x, const float *y, int n) {
+/* The same of four rows, by the same operations: what is loaded of the query serves all of them. */
+INLINE void lanes_of_products(floats lanes[4], const float *query, const void *keys, ptrdiff_t row, int n, const int kind) {
     floats sums[4], more[4];
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) sums[k] = more[k] = all(0);
     int i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        floats first = load(x + i), second = load(x + i + LANES);
+        floats first = load(query + i), second = load(query + i + LANES);
 #pragma GCC unroll 4
         for (int k = 0; k < 4; k++) {
-            sums[k] = multiply_add(first, load(y + (ptrdiff_t)k * n + i), sums[k]);
-            more[k] = multiply_add(second, load(y + (ptrdiff_t)k * n + i + LANES), more[k]);
+            ptrdiff_t at = row + (ptrdiff_t)k * n + i;
+            sums[k] = multiply_add(first, load_cached(keys, at, kind), sums[k]);
+            more[k] = multiply_add(second, load_cached(keys, at + LANES, kind), more[k]);
         }
     }
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
-        const float *of = y + (ptrdiff_t)k * n;
+        ptrdiff_t of = row + (ptrdiff_t)k * n;
         int j = i;
-        for (; j + LANES <= n; j += LANES) sums[k] = multiply_add(load(x + j), load(of + j), sums[k]);
-        if (j < n) more[k] = multiply_add(load_some(x + j, n - j), load_some(of + j, n - j), more[k]);
+        for (; j + LANES <= n; j += LANES) sums[k] = multiply_add(load(query + j), load_cached(keys, of + j, kind), sums[k]);
+        if (j < n) more[k] = multiply_add(load_some(query + j, n - j), load_some_cached(keys, of + j, n - j, kind), more[k]);
         lanes[k] = add(sums[k], more[k]);
     }
 }
 
-/* out += the values weighed by `weights`, n of them. */
-INLINE void add_weighed(float *out, const float *values, const float *weights, int n, int dim) {
+/* out += n cached rows from `row` on, weighed by `weights`. */
+INLINE void add_weighed(float *out, const void *values, ptrdiff_t row, const float *weights, int n, int dim, const int kind) {
     int i = 0;
     for (; i + 4 * LANES <= dim; i += 4 * LANES) {
         floats a = load(out + i), b = load(out + i + LANES), c = load(out + i + 2 * LANES), d = load(out + i + 3 * LANES);
         for (int key = 0; key < n; key++) {
-            const float *value = values + (ptrdiff_t)key * dim + i;
+            ptrdiff_t at = row + (ptrdiff_t)key * dim + i;
             floats weight = all(weights[key]);
-            a = multiply_add(weight, load(value), a), b = multiply_add(weight, load(value + LANES), b);
-            c = multiply_add(weight, load(value + 2 * LANES), c), d = multiply_add(weight, load(value + 3 * LANES), d);
+            a = multiply_add(weight, load_cached(values, at, kind), a);
+            b = multiply_add(weight, load_cached(values, at + LANES, kind), b);
+            c = multiply_add(weight, load_cached(values, at + 2 * LANES, kind), c);
+            d = multiply_add(weight, load_cached(values, at + 3 * LANES, kind), d);
         }
         store(out + i, a), store(out + i + LANES, b), store(out + i + 2 * LANES, c), store(out + i + 3 * LANES, d);
     }
-    for (; i < dim; i++)
-        for (int key = 0; key < n; key++) out[i] += weights[key] * values[(ptrdiff_t)key * dim + i];
+    for (; i + LANES <= dim; i += LANES) {
+        floats a = load(out + i);
+        for (int key = 0; key < n; key++)
+            a = multiply_add(all(weights[key]), load_cached(values, row + (ptrdiff_t)key * dim + i, kind), a);
+        store(out + i, a);
+    }
+    if (i == dim) return;
+    float rest[LANES];
+    floats a = load_some(out + i, dim - i);
+    for (int key = 0; key < n; key++)
+        a = multiply_add(all(weights[key]), load_some_cached(values, row + (ptrdiff_t)key * dim + i, dim - i, kind), a);
+    store(rest, a);
+    memcpy(out + i, rest, sizeof(float) * (size_t)(dim - i));
 }
 
 /* One head's query and the keys from `begin` to `end`, at most KEYS_AT_A_TIME; what was attended to before is in `out`
    and `state` (arXiv 2205.14135). */
-static void attend(const attention *at, const float *query, int kv_head, int begin, int end, float *out, float state[2]) {
+INLINE void attend(const attention *at, const float *query, int kv_head, int begin, int end, float *out, float state[2],
+                   const int kind) {
     int dim = at->head_dim, n = end - begin;
-    const float *keys = at->keys + ((ptrdiff_t)kv_head * at->capacity + begin) * dim;
+    ptrdiff_t rows = ((ptrdiff_t)kv_head * at->capacity + begin) * dim;
     float scores[KEYS_AT_A_TIME + LANES];
     for (int key = 0; key < n; key += 4) {
         floats lanes[4];
         if (key + 4 <= n)
-            lanes_of_products(lanes, query, keys + (ptrdiff_t)key * dim, dim);
+            lanes_of_products(lanes, query, at->keys, rows + (ptrdiff_t)key * dim, dim, kind);
         else
             for (int i = 0; i < 4; i++)
-                lanes[i] = key + i < n ? lanes_of_product(query, keys + (ptrdiff_t)(key + i) * dim, dim) : all(0);
+                lanes[i] = key + i < n ? lanes_of_product(query, at->keys, rows + (ptrdiff_t)(key + i) * dim, dim, kind) : all(0);
         totals(scores + key, lanes[0], lanes[1], lanes[2], lanes[3]);
     }
     float most = state[0];
@@ -148,7 +192,15 @@ static void attend(const attention *at, const float *query, int kv_head, int beg
         sum = add(sum, weight);
     }
     state[1] += total(sum);
-    add_weighed(out, at->values + ((ptrdiff_t)kv_head * at->capacity + begin) * dim, scores, n, dim);
+    add_weighed(out, at->values, rows, scores, n, dim, kind);
+}
+
+static void attend_floats(const attention *at, const float *query, int kv_head, int begin, int end, float *out, float state[2]) {
+    attend(at, query, kv_head, begin, end, out, state, FLOAT);
+}
+
+static void attend_halves(const attention *at, const float *query, int kv_head, int begin, int end, float *out, float state[2]) {
+    attend(at, query, kv_head, begin, end, out, state, HALF);
 }
 
 /* Query heads [first, first + n), which share a head of keys, of all rows of a pass: each stretch of keys is read once
@@ -170,8 +222,8 @@ static void attend_heads(const attention *at, int first, int n, int rows, int pa
             if (start >= end) continue;
             for (int head = first; head < first + n; head++) {
                 ptrdiff_t place = (ptrdiff_t)row * at->n_head + head;
-                attend(at, at->qkv + (ptrdiff_t)row * width + head * dim, kv_head, start, end, at->out + place * dim,
-                       at->states + place * 2);
+                (at->is_half ? attend_halves : attend_floats)(at, at->qkv + (ptrdiff_t)row * width + head * dim, kv_head, start,
+                                                              end, at->out + place * dim, at->states + place * 2);
             }
         }
     for (int row = 0; row < rows; row++)

@@ -96,7 +96,7 @@ class Attention(Structure):
 
     _fields_ = [
         *_pointers("qkv", "query_norm", "key_norm", "cosines", "sines", "keys", "values", "out", "states"),
-        *_ints("n_head", "n_kv_head", "head_dim", "rope_dim", "interleaved", "capacity", "window"),
+        *_ints("n_head", "n_kv_head", "head_dim", "rope_dim", "interleaved", "capacity", "window", "is_half"),
         *_floats("epsilon", "scale", "softcap"),
     ]
 

@@ -57,12 +57,12 @@ class Program:
         self._threads = Threads(library, threads)
 
     def bind_cache(self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]], tables: dict[str, Any]) -> None:
-        """Work with these from now on: keys and values of each layer [1, n_kv_head, capacity, head_dim], float32, and
-        the rotary tables by name."""
+        """Work with these from now on: keys and values of each layer [1, n_kv_head, capacity, head_dim], float32 or
+        float16, and the rotary tables by name."""
         self._cache = (list(keys), list(values), tables)
         for layer, of in enumerate(self._attention):
             of.keys, of.values = keys[layer].ctypes.data, values[layer].ctypes.data
-            of.capacity = keys[layer].shape[2]
+            of.capacity, of.is_half = keys[layer].shape[2], keys[layer].dtype == np.float16
             if names := self._config.rope_of(layer):
                 of.cosines, of.sines = (tables[name].ctypes.data for name in names)
 
