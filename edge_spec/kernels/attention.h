@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-enum { KEYS_AT_A_TIME = 64 };
+enum { KEYS_AT_A_TIME = 64, MOST_HEADS = 3, ROOM = KEYS_AT_A_TIME + LANES };
 
 /* Queries, keys and values of a pass lie behind each other in rows of `qkv`. The cache is [n_kv_head, capacity,
    head_dim] each for keys, turned, and values, in floats or, where `is_half` is set, halves. `norms`: gains of each head's queries and keys, NULL: not normed;
@@ -42,20 +42,6 @@ static void turn(const attention *at, float *head, int position) {
     }
 }
 
-enum { FLOAT, HALF }; /* what is cached */
-
-/* LANES of what is cached from element i on. */
-INLINE floats load_cached(const void *p, ptrdiff_t i, const int kind) {
-    return kind == HALF ? load_halves((const uint16_t *)p + i) : load((const float *)p + i);
-}
-
-INLINE floats load_some_cached(const void *p, ptrdiff_t i, int n, const int kind) {
-    if (kind == FLOAT) return load_some((const float *)p + i, n);
-    uint16_t of[LANES] = {0};
-    for (int j = 0; j < n; j++) of[j] = ((const uint16_t *)p)[i + j];
-    return load_halves(of);
-}
-
 static void cache(void *to, ptrdiff_t place, const float *x, int n, int is_half) {
     if (!is_half) {
         memcpy((float *)to + place, x, sizeof(float) * (size_t)n);
@@ -85,90 +71,37 @@ static void cache_row(const attention *at, int row, int position) {
     }
 }
 
-/* A query times the cached row at `row`, still in lanes. */
-INLINE floats lanes_of_product(const float *query, const void *keys, ptrdiff_t row, int n, const int kind) {
-    floats sum = all(0), more = all(0);
-    int i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        sum = multiply_add(load(query + i), load_cached(keys, row + i, kind), sum);
-        more = multiply_add(load(query + i + LANES), load_cached(keys, row + i + LANES, kind), more);
-    }
-    for (; i + LANES <= n; i += LANES) sum = multiply_add(load(query + i), load_cached(keys, row + i, kind), sum);
-    if (i < n) more = multiply_add(load_some(query + i, n - i), load_some_cached(keys, row + i, n - i, kind), more);
-    return add(sum, more);
-}
-
-/* The same of four rows, by the same operations: what is loaded of the query serves all of them. */
-INLINE void lanes_of_products(floats lanes[4], const float *query, const void *keys, ptrdiff_t row, int n, const int kind) {
-    floats sums[4], more[4];
+/* Q queries, which lie behind each other, times K keys: `scores` [query][key], ROOM apart. */
+INLINE void score(const int Q, const int K, const float *queries, const float *keys, int n, float *scores) {
+    floats sums[MOST_HEADS][4];
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; k++) sums[k] = more[k] = all(0);
-    int i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        floats first = load(query + i), second = load(query + i + LANES);
+    for (int q = 0; q < Q; q++)
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) {
-            ptrdiff_t at = row + (ptrdiff_t)k * n + i;
-            sums[k] = multiply_add(first, load_cached(keys, at, kind), sums[k]);
-            more[k] = multiply_add(second, load_cached(keys, at + LANES, kind), more[k]);
+        for (int k = 0; k < K; k++) sums[q][k] = all(0);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        floats query[MOST_HEADS];
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; q++) query[q] = load(queries + (ptrdiff_t)q * n + i);
+#pragma GCC unroll 4
+        for (int k = 0; k < K; k++) {
+            floats key = load(keys + (ptrdiff_t)k * n + i);
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; q++) sums[q][k] = multiply_add(query[q], key, sums[q][k]);
         }
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; k++) {
-        ptrdiff_t of = row + (ptrdiff_t)k * n;
-        int j = i;
-        for (; j + LANES <= n; j += LANES) sums[k] = multiply_add(load(query + j), load_cached(keys, of + j, kind), sums[k]);
-        if (j < n) more[k] = multiply_add(load_some(query + j, n - j), load_some_cached(keys, of + j, n - j, kind), more[k]);
-        lanes[k] = add(sums[k], more[k]);
-    }
-}
-
-/* out += n cached rows from `row` on, weighed by `weights`. */
-INLINE void add_weighed(float *out, const void *values, ptrdiff_t row, const float *weights, int n, int dim, const int kind) {
-    int i = 0;
-    for (; i + 4 * LANES <= dim; i += 4 * LANES) {
-        floats a = load(out + i), b = load(out + i + LANES), c = load(out + i + 2 * LANES), d = load(out + i + 3 * LANES);
-        for (int key = 0; key < n; key++) {
-            ptrdiff_t at = row + (ptrdiff_t)key * dim + i;
-            floats weight = all(weights[key]);
-            a = multiply_add(weight, load_cached(values, at, kind), a);
-            b = multiply_add(weight, load_cached(values, at + LANES, kind), b);
-            c = multiply_add(weight, load_cached(values, at + 2 * LANES, kind), c);
-            d = multiply_add(weight, load_cached(values, at + 3 * LANES, kind), d);
+    if (i < n)
+        for (int k = 0; k < K; k++) {
+            floats key = load_some(keys + (ptrdiff_t)k * n + i, n - i);
+            for (int q = 0; q < Q; q++) sums[q][k] = multiply_add(load_some(queries + (ptrdiff_t)q * n + i, n - i), key, sums[q][k]);
         }
-        store(out + i, a), store(out + i + LANES, b), store(out + i + 2 * LANES, c), store(out + i + 3 * LANES, d);
-    }
-    for (; i + LANES <= dim; i += LANES) {
-        floats a = load(out + i);
-        for (int key = 0; key < n; key++)
-            a = multiply_add(all(weights[key]), load_cached(values, row + (ptrdiff_t)key * dim + i, kind), a);
-        store(out + i, a);
-    }
-    if (i == dim) return;
-    float rest[LANES];
-    floats a = load_some(out + i, dim - i);
-    for (int key = 0; key < n; key++)
-        a = multiply_add(all(weights[key]), load_some_cached(values, row + (ptrdiff_t)key * dim + i, dim - i, kind), a);
-    store(rest, a);
-    memcpy(out + i, rest, sizeof(float) * (size_t)(dim - i));
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++)
+        totals(scores + q * ROOM, sums[q][0], sums[q][K > 1 ? 1 : 0], sums[q][K > 2 ? 2 : 0], sums[q][K > 3 ? 3 : 0]);
 }
 
-/* One head's query and the keys from `begin` to `end`, at most KEYS_AT_A_TIME; what was attended to before is in `out`
-   and `state` (arXiv 2205.14135). */
-INLINE void attend(const attention *at, const float *query, int kv_head, int begin, int end, float *out, float state[2],
-                   const int kind) {
-    int dim = at->head_dim, n = end - begin;
-    ptrdiff_t rows = ((ptrdiff_t)kv_head * at->capacity + begin) * dim;
-    float scores[KEYS_AT_A_TIME + LANES];
-    for (int key = 0; key < n; key += 4) {
-        floats lanes[4];
-        if (key + 4 <= n)
-            lanes_of_products(lanes, query, at->keys, rows + (ptrdiff_t)key * dim, dim, kind);
-        else
-            for (int i = 0; i < 4; i++)
-                lanes[i] = key + i < n ? lanes_of_product(query, at->keys, rows + (ptrdiff_t)(key + i) * dim, dim, kind) : all(0);
-        totals(scores + key, lanes[0], lanes[1], lanes[2], lanes[3]);
-    }
+/* Scaled scores become weights, `state` the largest score so far and the sum of the weights, and `out` fits them. */
+static void weigh(const attention *at, float *scores, int n, float *out, float state[2]) {
     float most = state[0];
     for (int key = 0; key < n; key += LANES) {
         floats score = multiply(load(scores + key), all(at->scale));
@@ -182,7 +115,7 @@ INLINE void attend(const attention *at, const float *query, int kv_head, int beg
         store(of, exponential(all(state[0] - most)));
         shrink = state[1] > 0 ? of[0] : 0;
         state[0] = most, state[1] *= shrink;
-        for (int i = 0; i < dim; i++) out[i] *= shrink;
+        for (int i = 0; i < at->head_dim; i++) out[i] *= shrink;
     }
     for (int key = n; key < n + LANES; key++) scores[key] = most - 1e4f; /* next to nothing, in the last vector's lanes */
     floats sum = all(0);
@@ -192,19 +125,84 @@ INLINE void attend(const attention *at, const float *query, int kv_head, int beg
         sum = add(sum, weight);
     }
     state[1] += total(sum);
-    add_weighed(out, at->values, rows, scores, n, dim, kind);
 }
 
-static void attend_floats(const attention *at, const float *query, int kv_head, int begin, int end, float *out, float state[2]) {
-    attend(at, query, kv_head, begin, end, out, state, FLOAT);
+/* Vectors [i, i + V) of Q rows of `out` += the values weighed by `weights` [query][key], n of them. */
+INLINE void add_weighed(const int Q, const int V, float *out, const float *values, const float *weights, int n, int dim) {
+    floats sums[MOST_HEADS][4];
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sums[q][v] = load(out + (ptrdiff_t)q * dim + v * LANES);
+    for (int key = 0; key < n; key++) {
+        floats weight[MOST_HEADS];
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; q++) weight[q] = all(weights[q * ROOM + key]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            floats value = load(values + (ptrdiff_t)key * dim + v * LANES);
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; q++) sums[q][v] = multiply_add(weight[q], value, sums[q][v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) store(out + (ptrdiff_t)q * dim + v * LANES, sums[q][v]);
 }
 
-static void attend_halves(const attention *at, const float *query, int kv_head, int begin, int end, float *out, float state[2]) {
-    attend(at, query, kv_head, begin, end, out, state, HALF);
+/* What is left of one row of `out`, less than a vector. */
+static void add_rest(float *out, const float *values, const float *weights, int n, int dim, int rest) {
+    float found[LANES];
+    floats sum = load_some(out, rest);
+    for (int key = 0; key < n; key++)
+        sum = multiply_add(all(weights[key]), load_some(values + (ptrdiff_t)key * dim, rest), sum);
+    store(found, sum);
+    memcpy(out, found, sizeof(float) * (size_t)rest);
 }
 
-/* Query heads [first, first + n), which share a head of keys, of all rows of a pass: each stretch of keys is read once
-   for all of them. */
+/* The queries of Q heads and n keys, at most KEYS_AT_A_TIME; what was attended to before is in `out` and `states`
+   (arXiv 2205.14135). */
+INLINE void attend(const attention *at, const int Q, const float *queries, const float *keys, const float *values, int n,
+                   float *out, float *states) {
+    int dim = at->head_dim, key = 0, i = 0;
+    float scores[MOST_HEADS * ROOM];
+    for (; key + 4 <= n; key += 4) score(Q, 4, queries, keys + (ptrdiff_t)key * dim, dim, scores + key);
+    for (; key < n; key++) score(Q, 1, queries, keys + (ptrdiff_t)key * dim, dim, scores + key);
+    for (int q = 0; q < Q; q++) weigh(at, scores + q * ROOM, n, out + (ptrdiff_t)q * dim, states + 2 * q);
+    for (; i + 4 * LANES <= dim; i += 4 * LANES) add_weighed(Q, 4, out + i, values + i, scores, n, dim);
+    for (; i + LANES <= dim; i += LANES) add_weighed(Q, 1, out + i, values + i, scores, n, dim);
+    for (int q = 0; i < dim && q < Q; q++)
+        add_rest(out + (ptrdiff_t)q * dim + i, values + i, scores + q * ROOM, n, dim, dim - i);
+}
+
+typedef void (*attend_function)(const attention *, const float *queries, const float *keys, const float *values, int n,
+                                float *out, float *states);
+#define HEADS(Q)                                                                                                       \
+    static void attend_##Q(const attention *at, const float *queries, const float *keys, const float *values, int n,   \
+                           float *out, float *states) {                                                                \
+        attend(at, Q, queries, keys, values, n, out, states);                                                          \
+    }
+HEADS(1) HEADS(2) HEADS(3)
+static const attend_function attends[MOST_HEADS] = {attend_1, attend_2, attend_3};
+
+/* n numbers that are cached from place `from` on: where they are, or halves made floats in `room`. */
+static const float *cached(const attention *at, const void *of, ptrdiff_t from, ptrdiff_t n, float *room) {
+    if (!at->is_half) return (const float *)of + from;
+    const uint16_t *halves = (const uint16_t *)of + from;
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(room + i, load_halves(halves + i));
+    if (i == n) return room;
+    uint16_t some[LANES] = {0};
+    float rest[LANES];
+    memcpy(some, halves + i, sizeof(uint16_t) * (size_t)(n - i));
+    store(rest, load_halves(some));
+    memcpy(room + i, rest, sizeof(float) * (size_t)(n - i));
+    return room;
+}
+
+/* Query heads [first, first + n), at most MOST_HEADS, which share a head of keys, of all rows of a pass: each stretch of
+   keys is read once for all of them. */
 static void attend_heads(const attention *at, int first, int n, int rows, int past) {
     int dim = at->head_dim, width = (at->n_head + 2 * at->n_kv_head) * dim;
     int kv_head = first / (at->n_head / at->n_kv_head), last = past + rows;
@@ -215,17 +213,22 @@ static void attend_heads(const attention *at, int first, int n, int rows, int pa
             memset(at->out + ((ptrdiff_t)row * at->n_head + head) * dim, 0, sizeof(float) * (size_t)dim);
         }
     int earliest = at->window && past + 1 > at->window ? past + 1 - at->window : 0;
-    for (int begin = earliest / KEYS_AT_A_TIME * KEYS_AT_A_TIME; begin < last; begin += KEYS_AT_A_TIME)
+    float room[2][at->is_half ? KEYS_AT_A_TIME * dim : 1];
+    for (int begin = earliest / KEYS_AT_A_TIME * KEYS_AT_A_TIME; begin < last; begin += KEYS_AT_A_TIME) {
+        int read = begin + KEYS_AT_A_TIME < last ? KEYS_AT_A_TIME : last - begin;
+        ptrdiff_t from = ((ptrdiff_t)kv_head * at->capacity + begin) * dim;
+        const float *keys = cached(at, at->keys, from, (ptrdiff_t)read * dim, room[0]);
+        const float *values = cached(at, at->values, from, (ptrdiff_t)read * dim, room[1]);
         for (int row = 0; row < rows; row++) {
-            int seen = past + row + 1, from = at->window && seen > at->window ? seen - at->window : 0;
-            int start = from > begin ? from : begin, end = begin + KEYS_AT_A_TIME < seen ? begin + KEYS_AT_A_TIME : seen;
-            if (start >= end) continue;
-            for (int head = first; head < first + n; head++) {
-                ptrdiff_t place = (ptrdiff_t)row * at->n_head + head;
-                (at->is_half ? attend_halves : attend_floats)(at, at->qkv + (ptrdiff_t)row * width + head * dim, kv_head, start,
-                                                              end, at->out + place * dim, at->states + place * 2);
-            }
+            int seen = past + row + 1, since = at->window && seen > at->window ? seen - at->window : 0;
+            int start = since > begin ? since : begin, end = begin + KEYS_AT_A_TIME < seen ? begin + KEYS_AT_A_TIME : seen;
+            ptrdiff_t skipped = (ptrdiff_t)(start - begin) * dim;
+            ptrdiff_t place = (ptrdiff_t)row * at->n_head + first;
+            if (start < end)
+                attends[n - 1](at, at->qkv + (ptrdiff_t)row * width + first * dim, keys + skipped, values + skipped, end - start,
+                               at->out + place * dim, at->states + place * 2);
         }
+    }
     for (int row = 0; row < rows; row++)
         for (int head = first; head < first + n; head++) {
             ptrdiff_t place = (ptrdiff_t)row * at->n_head + head;

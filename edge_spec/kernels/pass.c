@@ -147,12 +147,12 @@ static void run_multiply(const multiply_step *s, const pass *p, int unit) {
         multiply_rows(m, begin, begin + stretch(m) < end ? begin + stretch(m) : end, rows_of(s->rows, p));
 }
 
-enum { HEADS_AT_A_TIME = 3, REACHED_AT_A_TIME = 64 };
+enum { REACHED_AT_A_TIME = 64 };
 
 /* Query heads that share a head of keys, as many as leave work for every thread. */
 static int heads_at_a_time(const attention *at, const pass *p) {
     int group = at->n_head / at->n_kv_head, size = at->n_head / p->n_threads;
-    if (size > HEADS_AT_A_TIME) size = HEADS_AT_A_TIME;
+    if (size > MOST_HEADS) size = MOST_HEADS;
     if (size > group) size = group;
     return size < 1 ? 1 : size;
 }
