@@ -1,4 +1,5 @@
-"""Which backend runs a target, and which its draft: the fastest of those that were timed in turn on this machine.
+"""Which backend runs a target, and which its draft: the fastest of those that were timed in turn on this machine, and
+native where it was not.
 
 `edge-spec doctor --compare` takes the times and keeps them by processor and weights; they count while the libraries
 are installed in the versions that were timed. Nothing is measured here: what is not known is not waited for.
@@ -114,9 +115,9 @@ def choose_backends(
     """
     timed = {name: target[name] for name in BACKENDS if name in able and name in target}
     missing = [name for name in able if name not in target]
-    notes = (f"backend {AUTO}: {' and '.join(missing)} not compared yet; {COMPARE} does",) if missing else ()
     if NATIVE in missing and has_kernels():
-        return Choice(NATIVE, chosen_draft_backend(draft_backend, NATIVE), notes=notes if timed else ())
+        note = f"backend {AUTO}: {NATIVE} is taken, which was not compared with the others yet; {COMPARE} does"
+        return Choice(NATIVE, chosen_draft_backend(draft_backend, NATIVE), notes=(note,) if timed else ())
     if not timed:
         first = next(name for name in BACKENDS if name in able)
         note = f"backend {AUTO}: nothing was compared on this machine yet, so {first} is taken; {COMPARE} compares"
@@ -130,6 +131,7 @@ def choose_backends(
             if best is None or rate > (1 + _LEAST_GAIN) * (best.tokens_per_s or 0):
                 best = Choice(name, other, times.threads, rate)
     assert best is not None
+    notes = (f"backend {AUTO}: {' and '.join(missing)} not compared yet; {COMPARE} does",) if missing else ()
     return replace(best, notes=notes, has_draft=bool(drafting))
 
 

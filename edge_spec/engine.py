@@ -118,8 +118,9 @@ class Engine:
         before drafts are given up. A pair's manifest may name them too.
 
         `backend` is "native", "onnx", "openvino", "llama", or "auto": what `edge-spec doctor --compare` found fastest
-        on this machine for these models, of what is installed and can do what is asked for; where it was not asked,
-        native if its kernels know this processor and there is a compiler, else onnx.
+        on this machine for these models, of what is installed and can do what is asked for; where it was not asked
+        about native, that one if its kernels know this processor and there is a compiler, and where it was not asked at
+        all, else onnx.
         `draft_backend` defaults to `backend`, and to onnx where that is openvino.
 
         `drafter` is what generations use unless told otherwise: "auto" (text that repeats, else the draft model),
@@ -130,10 +131,10 @@ class Engine:
         source has more than 6. `pad_rows=False` gives up bit-for-bit equality between drafters at temperature 0 for a
         little speed of plain decoding.
 
-        `kv` is what keys and values are stored as, the draft's too where it runs on the same backend: "f32" on native,
-        "f32" or "q8" on onnx, "f32", "f16" or "u8" on openvino, "f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1" or
-        "q4_0" on llama, the first of each unless given. Fewer bits take less memory and change the text; with "u8" it
-        depends on the drafter too.
+        `kv` is what keys and values are stored as, the draft's too where it runs on the same backend: "f32" or "f16" on
+        native, "f32" or "q8" on onnx, "f32", "f16" or "u8" on openvino, "f16", "f32", "bf16", "q8_0", "q5_1", "q5_0",
+        "q4_1" or "q4_0" on llama, the first of each unless given. Fewer bits take less memory and change the text; with
+        "u8" it depends on the drafter too.
 
         `parked` (a size like "256MiB", or bytes) is what the caches may hold of chats that another one has displaced,
         so that one that goes on reads only what is new; without it, chats that take turns read their own parts again

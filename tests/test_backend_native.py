@@ -27,7 +27,7 @@ PARTIAL = {"llama.rope.dimension_count": 32}
 ODD = {"hidden": 384, "n_head": 6, "ff": 640}
 """Rows of three and of five blocks: scales that fill no whole vector."""
 UNEVEN = {"hidden": 96, "n_head": 2, "n_kv_head": 1, "ff": 160}
-"""Blocks of 32, heads of 48: no multiple of what is worked on at a time."""
+"""Blocks of 32, heads of 48: not the whole of what is worked on at a time."""
 WINDOW = 100
 """Longer than a stretch, and no multiple of one."""
 
@@ -124,11 +124,24 @@ def test_windows_that_end_within_a_stretch_of_keys_or_at_one(
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_the_number_of_threads_changes_no_bit(threads: int, kernels_dir: Path, tmp_path: Path) -> None:
     made = export(tmp_path, RECIPES["int4"], n_head=8, n_kv_head=1)
-    expected = last_logits(open_native(made, kernels_dir, threads=1))
-    assert np.array_equal(last_logits(open_native(made, kernels_dir, threads=threads)), expected)
+    for kv in ("f32", "f16"):
+        expected = last_logits(open_native(made, kernels_dir, threads=1, kv=kv))
+        assert np.array_equal(last_logits(open_native(made, kernels_dir, threads=threads, kv=kv)), expected)
 
 
 # What is refused
+
+
+def test_types_of_the_cache_that_are_not_there_are_refused(kernels_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="choose one of f32, f16"):
+        open_native(export(tmp_path), kernels_dir, kv="q8")
+
+
+def test_heads_too_large_for_a_cache_in_16_bits_are_refused(kernels_dir: Path, tmp_path: Path) -> None:
+    made = export(tmp_path, hidden=544, n_head=2, n_kv_head=1, ff=544)
+    open_native(made, kernels_dir).close()
+    with pytest.raises(UsageError, match="heads of 272, and at most 256"):
+        open_native(made, kernels_dir, kv="f16")
 
 
 def test_a_context_past_the_exact_one_is_refused(kernels_dir: Path, tmp_path: Path) -> None:

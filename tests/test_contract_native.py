@@ -163,10 +163,16 @@ class TestEviction(NativeModels, ShallowContract):
         logits = model.decode(more, rows=4).logits.copy()
         model.rollback(0)
         model.decode(left)
+        step = 1e-5 if self.kv == "f32" else 2e-3  # keys that move are rounded again
         for found, array in zip(cached, (array for layer in model.cached_layers() for array in layer), strict=True):
-            np.testing.assert_allclose(found, array, rtol=0, atol=1e-5 * np.abs(array).max())
+            np.testing.assert_allclose(found, array, rtol=0, atol=step * np.abs(array).max())
         expected = model.decode(more, rows=4).logits
         assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > self.alike
+
+
+class TestEvictionOfHalves(TestEviction):
+    kv = "f16"
+    alike = 0.999  # those keys are in the logits
 
 
 @pytest.mark.real

@@ -140,44 +140,71 @@ def test_wrong_products_are_a_fault(native: Path) -> None:
     assert "8 bits in blocks of 256 are not what they should be" in fault
 
 
-# Halves
+# Attention
 
 
 @pytest.mark.parametrize("form", ["native", "portable"])
 def test_what_is_cached_in_halves_is_rounded_as_numpy_does(form: str, request: pytest.FixtureRequest) -> None:
-    """To the nearest, halfway to the even one; what is too large, and what is too small for all of its bits, too."""
+    """To the nearest, halfway to the even one, also what is too small for all of its bits; what is too large is the
+    largest then."""
     library = open_library(request.getfixturevalue(form))
-    rng, dim = np.random.default_rng(0), 20  # whole vectors, and a rest
+    rng, dim = np.random.default_rng(0), 20
     magnitudes = np.float32(2) ** rng.integers(-27, 18, 4000).astype(np.float32)
     edges = np.array([0, -0.0, 65504, 65519, 65520, -1e9, np.inf], np.float32)
     halfway = np.arange(1, 2000, dtype=np.float32) * np.float32(2**-25)
     values = np.concatenate([magnitudes * rng.normal(size=4000).astype(np.float32), edges, halfway])
     values = np.resize(values, (len(values) // dim + 1, dim))
-    n = len(values)
-    qkv = np.concatenate([np.zeros((n, 2 * dim), np.float32), values], axis=1)
-    keys, cached = np.zeros((n, dim), np.float16), np.zeros((n, dim), np.float16)
-    out, states = np.zeros((n, dim), np.float32), np.zeros((n, 2), np.float32)
+    expected = np.clip(values, -65504, 65504).astype(np.float16)
     # Each token attends to itself alone, so that what comes out is what was cached.
+    qkv = np.concatenate([np.zeros((len(values), 2 * dim), np.float32), values], axis=1)
+    out, cached = attended(library, qkv, n_head=1, dim=dim, kind=np.float16, window=1)
+    np.testing.assert_array_equal(cached.view(np.uint16), expected.view(np.uint16))
+    np.testing.assert_array_equal(out, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("form", ["native", "portable"])
+@pytest.mark.parametrize("n_head", [1, 2, 3, 5])
+@pytest.mark.parametrize("dim", [16, 20, 44])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_attention_is_numpys(
+    form: str, n_head: int, dim: int, kind: type[np.floating[Any]], request: pytest.FixtureRequest
+) -> None:
+    """Of any number of heads that share their keys, of whole vectors and a rest, over several stretches of keys."""
+    rng, n = np.random.default_rng(0), 150
+    qkv = rng.normal(size=(n, (n_head + 2) * dim)).astype(np.float32)
+    queries = qkv[:, : n_head * dim].reshape(n, n_head, dim).astype(np.float64)
+    keys, values = (qkv[:, first * dim :][:, :dim].astype(kind).astype(np.float64) for first in (n_head, n_head + 1))
+    scores = np.einsum("qhd,kd->hqk", queries, keys)
+    weights = np.where(np.tri(n, dtype=bool), np.exp(scores - scores.max(axis=2, keepdims=True)), 0)
+    expected = np.einsum("hqk,kd->qhd", weights / weights.sum(axis=2, keepdims=True), values)
+    out, _ = attended(open_library(request.getfixturevalue(form)), qkv, n_head=n_head, dim=dim, kind=kind)
+    np.testing.assert_allclose(out.reshape(n, n_head, dim), expected, rtol=0, atol=2e-5)
+
+
+def attended(
+    library: Any, qkv: Any, *, n_head: int, dim: int, kind: type[np.floating[Any]], window: int = 0
+) -> tuple[Any, Any]:
+    """What the kernels' attention makes of rows of one head of keys and values, and the values as they are cached."""
+    n = len(qkv)
+    keys, values = np.zeros((n, dim), kind), np.zeros((n, dim), kind)
+    out, states = np.zeros((n, n_head * dim), np.float32), np.zeros((n, n_head, 2), np.float32)
     attention = Attention(
         qkv=qkv.ctypes.data,
         keys=keys.ctypes.data,
-        values=cached.ctypes.data,
+        values=values.ctypes.data,
         out=out.ctypes.data,
         states=states.ctypes.data,
-        n_head=1,
+        n_head=n_head,
         n_kv_head=1,
         head_dim=dim,
         capacity=n,
-        window=1,
-        is_half=1,
+        window=window,
+        is_half=kind is np.float16,
         scale=1,
     )
     steps = (Step * 2)(*(Step(kind, ctypes.addressof(attention)) for kind in (Kind.CACHE, Kind.ATTEND)))
     library.edge_spec_run(ctypes.byref(Team(n_threads=1)), steps, 2, ctypes.byref(Pass(n_rows=n, n_threads=1)))
-    with np.errstate(over="ignore"):
-        expected = values.astype(np.float16)
-    np.testing.assert_array_equal(cached.view(np.uint16), expected.view(np.uint16))
-    np.testing.assert_array_equal(out, expected.astype(np.float32))
+    return out, values
 
 
 # What is built

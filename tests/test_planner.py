@@ -128,6 +128,24 @@ def test_where_answers_are_short_the_draft_reads_later(clock: Clock) -> None:
     assert waits[0] < waits[1]
 
 
+def test_what_the_prompt_took_is_learnt_of_its_unread_tokens(clock: Clock) -> None:
+    decoder = decoder_of(clock, target=(0.030, 0.010), draft=(0.010, 0.001))
+    prompt = [3 + i % 50 for i in range(0, 3 * 100, 3)]
+    for _ in range(2):  # the second time all but one of them is there
+        list(decoder.generate(prompt, max_tokens=3, max_draft=0))
+    costs = planner_of(decoder).costs
+    assert costs.target_s(1) == pytest.approx(0.030)
+    assert costs.target_s(8) == pytest.approx(0.030 + 7 * 0.0102, rel=0.01)
+
+
+def test_a_text_that_can_be_repeated_teaches_nothing_of_its_prompt(clock: Clock) -> None:
+    decoder = decoder_of(clock, target=(0.030, 0.010), draft=(0.010, 0.001))
+    sampling = SamplingParams(temperature=1.0, seed=1)
+    list(decoder.generate(list(range(60)), max_tokens=3, sampling=sampling))
+    list(decoder.generate([1, 2], max_tokens=3, max_draft=0))
+    assert planner_of(decoder).costs.target_s(8) == pytest.approx(0.030 * (1 + 7 * 0.2), rel=0.01)
+
+
 def planner_of(decoder: SpeculativeDecoder) -> Planner:
     assert isinstance(decoder._drafter, Planner)
     return decoder._drafter

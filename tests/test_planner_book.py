@@ -90,6 +90,24 @@ def test_where_rows_are_dear_the_draft_is_taken_to_read_dearly_too() -> None:
     assert 0.2 < shares[0] < 0.5 < shares[1] < 0.7
 
 
+def test_the_quickest_prompt_tells_what_rows_cost() -> None:
+    """The first one of a process may have waited for the disk."""
+    costs = Costs(max_rows=8)
+    for seconds in (20.0, 2.0, 4.0):
+        costs.observe_prompt(200, seconds)
+    costs.observe_target(1, 0.050)
+    assert costs.target_s(8) == pytest.approx(0.050 + 7 * 0.010)
+
+
+@pytest.mark.parametrize("wide", [0.060, 0.150, 0.400], ids=["flat", "through nothing", "steeper than that"])
+def test_reading_is_taken_to_cost_a_draft_no_more_than_drafting(wide: float) -> None:
+    costs = Costs(max_rows=8)
+    costs.observe_prompt(200, 5.0)
+    costs.observe_target(2, 0.050)
+    costs.observe_target(4, wide)
+    assert 0.3 * costs.draft_s < costs.read_s <= costs.draft_s
+
+
 def test_reading_and_drafting_are_told_apart() -> None:
     costs = Costs(max_rows=4)
     costs.observe_draft(1, 0.010)

@@ -29,7 +29,7 @@ from edge_spec.export.graph import HEAD
 from edge_spec.export.stored import map_weights, read_weights
 from edge_spec.formats.gguf import GGUFFile
 from edge_spec.kernels.build import load_library
-from edge_spec.kernels.library import CHUNK
+from edge_spec.kernels.library import CHUNK, MOST_DIM
 from edge_spec.kernels.program import Program
 from edge_spec.types import TOP_K, Decoded, Logits, ModelSpec, Output
 
@@ -59,6 +59,12 @@ class NativeModel(ContiguousModel):
     ) -> None:
         config = export.config
         check_exact(config, name, n_ctx)
+        if kv not in _KINDS:
+            raise UsageError(f"kv={kv!r}: choose one of {', '.join(_KINDS)}")
+        if kv != "f32" and config.head_dim > MOST_DIM:
+            raise UsageError(
+                f"kv={kv!r}: {name} has heads of {config.head_dim}, and at most {MOST_DIM} can be stored so"
+            )
         kind = _KINDS[kv]
         max_rows = min(round_up(max_rows, MAX_ALIGNMENT), CHUNK - MAX_ALIGNMENT)  # one chunk has them all, padded too
         spec = ModelSpec(

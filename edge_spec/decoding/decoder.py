@@ -199,8 +199,8 @@ class SpeculativeDecoder:
 
                 is_prompt = stats.steps == 0
                 reading = interruptions.watch(is_prompt=is_prompt)
-                unread = self._session.count_unread(history.tokens, stats.holes) if is_prompt else 0
                 sequence, num_rows = history.tokens + draft.tokens, len(draft.tokens) + 1
+                unread = self._session.count_unread(sequence, stats.holes) if is_prompt else 0
                 decoded = self._session.decode(sequence, rows=num_rows, holes=stats.holes, on_progress=reading)
                 target_s = lap()
                 stats.target_s += target_s

@@ -23,8 +23,8 @@ _LEAST_READ = 32
 class Costs:
     """Seconds of a target's pass by its number of rows, and of a draft's token.
 
-    Widths that were not seen yet lie on the line through those that were; while only one was, its slope is what a token
-    of a prompt took, or a guess.
+    Widths that were not seen yet lie on the line through those that were; while only one was, the line's slope is what
+    a token of a prompt took, or a guess.
     `alignment` is the target's row padding. `draft_share` is the guess for a draft token, in target passes of one row:
     weights are what a pass reads. `growth` and `draft_growth` are guesses of what a cached token adds.
 
@@ -75,7 +75,9 @@ class Costs:
         """Each further token that the draft model has to read before it can draft."""
         if self._read_s is not None:
             return self._read_s
-        return max(_READ_SHARE, self._row_share) * self.draft_s
+        # Where reading costs the target much beside a pass of one row, rows are dear, for the draft as well.
+        share = self._prompt_s / self._base_s(self._widths[0]) if self._prompt_s is not None and self._seen else 0.0
+        return min(max(_READ_SHARE, share), 1.0) * self.draft_s
 
     def best_fixed(self, chance: float, max_draft: int, reading_s: float = 0.0) -> tuple[float, int]:
         """Tokens a second of the best fixed length of the model's drafts, and that length, from 0 to `max_draft`.
@@ -110,9 +112,13 @@ class Costs:
         self._line = self._fit()
 
     def observe_prompt(self, tokens_read: int, seconds: float) -> None:
-        """The target read so many tokens of a prompt, in passes as wide as they get."""
+        """The target read so many tokens of a prompt, in passes as wide as they get.
+
+        The quickest prompt counts: the first one may have waited for the weights to come from the disk.
+        """
         if tokens_read >= _LEAST_READ:
-            self._prompt_s = _moved(self._prompt_s, max(seconds / tokens_read, _LEAST_S))
+            each = max(seconds / tokens_read, _LEAST_S)
+            self._prompt_s = each if self._prompt_s is None else min(each, self._prompt_s)
             self._line = self._fit()
 
     def observe_draft(self, tokens_read: int, seconds: float) -> None:
@@ -151,11 +157,6 @@ class Costs:
         """How many times as long a draft token takes as one behind nothing."""
         return 1 + self._draft_growth.passes(1, self._cached)
 
-    @property
-    def _row_share(self) -> float:
-        """What each further row adds to a pass, in passes of one row."""
-        return self._line[1] / sum(self._line)
-
     def _base_s(self, width: int) -> float:
         """A pass of this width behind nothing."""
         return self._seen.get(width) or self._line[0] + self._line[1] * width
@@ -164,7 +165,8 @@ class Costs:
         return min(-(-rows // self._alignment) * self._alignment, self._widths[-1])
 
     def _fit(self) -> tuple[float, float]:
-        """Intercept and slope of the line through what was seen, by least squares; never falling."""
+        """Intercept and slope of the line through what was seen, by least squares; never falling, and never
+        below nothing."""
         widths, seconds = list(self._seen), list(self._seen.values())
         n, middle = len(widths), sum(widths) / max(1, len(widths))
         mean = sum(seconds) / max(1, n)
@@ -176,7 +178,7 @@ class Costs:
             scale = mean / (1 - _ROW_SHARE + _ROW_SHARE * middle) if n else 1.0
             return scale * (1 - _ROW_SHARE), scale * _ROW_SHARE
         slope = sum((width - middle) * (cost - mean) for width, cost in self._seen.items()) / spread
-        slope = max(slope, 0.0)
+        slope = min(max(slope, 0.0), mean / middle)
         return mean - slope * middle, slope
 
 

@@ -4,12 +4,15 @@
 
 #include "vectors.h"
 
-enum { KEYS_AT_A_TIME = 64, MOST_HEADS = 3, ROOM = KEYS_AT_A_TIME + LANES };
+enum { KEYS_AT_A_TIME = 64, MOST_HEADS = 3, MOST_DIM = 256 };
+/* From one query's scores to the next one's: whole vectors of them, and a vector behind. */
+enum { SCORES_APART = KEYS_AT_A_TIME + LANES };
 
 /* Queries, keys and values of a pass lie behind each other in rows of `qkv`. The cache is [n_kv_head, capacity,
-   head_dim] each for keys, turned, and values, in floats or, where `is_half` is set, halves. `norms`: gains of each head's queries and keys, NULL: not normed;
-   `cosines` and `sines`: [positions, rope_dim / 2], NULL: not turned. `out`: [rows, n_head * head_dim]; `states`: the
-   largest score and the sum of each row's heads, [rows, n_head, 2]. */
+   head_dim] each for keys, turned, and values, in 32 bits or, where `is_half` is set, in 16; heads have at most MOST_DIM
+   numbers then. `query_norm` and `key_norm`: gains of each head's queries and keys, NULL: not normed; `cosines` and
+   `sines`: [positions, rope_dim / 2], NULL: not turned. `out`: [rows, n_head * head_dim]; `states`: the largest score and
+   the sum of each row's heads, [rows, n_head, 2]. */
 typedef struct {
     float *qkv;
     const float *query_norm, *key_norm, *cosines, *sines;
@@ -42,17 +45,20 @@ static void turn(const attention *at, float *head, int position) {
     }
 }
 
+/* The largest number of 16 bits stands for what is larger: infinite scores would be no numbers once weighed. */
+INLINE floats within_f16(floats x) { return larger(all(-65504), smaller(all(65504), x)); }
+
 static void cache(void *to, ptrdiff_t place, const float *x, int n, int is_half) {
     if (!is_half) {
         memcpy((float *)to + place, x, sizeof(float) * (size_t)n);
         return;
     }
-    uint16_t *halves = (uint16_t *)to + place, rest[LANES];
+    uint16_t *out = (uint16_t *)to + place, rest[LANES];
     int i = 0;
-    for (; i + LANES <= n; i += LANES) store_halves(halves + i, load(x + i));
+    for (; i + LANES <= n; i += LANES) store_f16(out + i, within_f16(load(x + i)));
     if (i == n) return;
-    store_halves(rest, load_some(x + i, n - i));
-    memcpy(halves + i, rest, sizeof(uint16_t) * (size_t)(n - i));
+    store_f16(rest, within_f16(load_some(x + i, n - i)));
+    memcpy(out + i, rest, sizeof(uint16_t) * (size_t)(n - i));
 }
 
 /* Norm and turn one row's queries and keys, and cache its keys and values at `position`. */
@@ -71,7 +77,7 @@ static void cache_row(const attention *at, int row, int position) {
     }
 }
 
-/* Q queries, which lie behind each other, times K keys: `scores` [query][key], ROOM apart. */
+/* Q queries, which lie behind each other, times K keys: `scores` [query][key], of which four are written. */
 INLINE void score(const int Q, const int K, const float *queries, const float *keys, int n, float *scores) {
     floats sums[MOST_HEADS][4];
 #pragma GCC unroll 4
@@ -91,13 +97,15 @@ INLINE void score(const int Q, const int K, const float *queries, const float *k
         }
     }
     if (i < n)
+#pragma GCC unroll 4
         for (int k = 0; k < K; k++) {
             floats key = load_some(keys + (ptrdiff_t)k * n + i, n - i);
+#pragma GCC unroll 4
             for (int q = 0; q < Q; q++) sums[q][k] = multiply_add(load_some(queries + (ptrdiff_t)q * n + i, n - i), key, sums[q][k]);
         }
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++)
-        totals(scores + q * ROOM, sums[q][0], sums[q][K > 1 ? 1 : 0], sums[q][K > 2 ? 2 : 0], sums[q][K > 3 ? 3 : 0]);
+        totals(scores + q * SCORES_APART, sums[q][0], sums[q][K > 1 ? 1 : 0], sums[q][K > 2 ? 2 : 0], sums[q][K > 3 ? 3 : 0]);
 }
 
 /* Scaled scores become weights, `state` the largest score so far and the sum of the weights, and `out` fits them. */
@@ -137,7 +145,7 @@ INLINE void add_weighed(const int Q, const int V, float *out, const float *value
     for (int key = 0; key < n; key++) {
         floats weight[MOST_HEADS];
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) weight[q] = all(weights[q * ROOM + key]);
+        for (int q = 0; q < Q; q++) weight[q] = all(weights[q * SCORES_APART + key]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
             floats value = load(values + (ptrdiff_t)key * dim + v * LANES);
@@ -166,14 +174,14 @@ static void add_rest(float *out, const float *values, const float *weights, int 
 INLINE void attend(const attention *at, const int Q, const float *queries, const float *keys, const float *values, int n,
                    float *out, float *states) {
     int dim = at->head_dim, key = 0, i = 0;
-    float scores[MOST_HEADS * ROOM];
+    float scores[MOST_HEADS * SCORES_APART];
     for (; key + 4 <= n; key += 4) score(Q, 4, queries, keys + (ptrdiff_t)key * dim, dim, scores + key);
     for (; key < n; key++) score(Q, 1, queries, keys + (ptrdiff_t)key * dim, dim, scores + key);
-    for (int q = 0; q < Q; q++) weigh(at, scores + q * ROOM, n, out + (ptrdiff_t)q * dim, states + 2 * q);
+    for (int q = 0; q < Q; q++) weigh(at, scores + q * SCORES_APART, n, out + (ptrdiff_t)q * dim, states + 2 * q);
     for (; i + 4 * LANES <= dim; i += 4 * LANES) add_weighed(Q, 4, out + i, values + i, scores, n, dim);
     for (; i + LANES <= dim; i += LANES) add_weighed(Q, 1, out + i, values + i, scores, n, dim);
     for (int q = 0; i < dim && q < Q; q++)
-        add_rest(out + (ptrdiff_t)q * dim + i, values + i, scores + q * ROOM, n, dim, dim - i);
+        add_rest(out + (ptrdiff_t)q * dim + i, values + i, scores + q * SCORES_APART, n, dim, dim - i);
 }
 
 typedef void (*attend_function)(const attention *, const float *queries, const float *keys, const float *values, int n,
@@ -186,17 +194,17 @@ typedef void (*attend_function)(const attention *, const float *queries, const f
 HEADS(1) HEADS(2) HEADS(3)
 static const attend_function attends[MOST_HEADS] = {attend_1, attend_2, attend_3};
 
-/* n numbers that are cached from place `from` on: where they are, or halves made floats in `room`. */
+/* n numbers that are cached from place `from` on: where they are, or in 32 bits in `room`. */
 static const float *cached(const attention *at, const void *of, ptrdiff_t from, ptrdiff_t n, float *room) {
     if (!at->is_half) return (const float *)of + from;
-    const uint16_t *halves = (const uint16_t *)of + from;
+    const uint16_t *at_first = (const uint16_t *)of + from;
     ptrdiff_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(room + i, load_halves(halves + i));
+    for (; i + LANES <= n; i += LANES) store(room + i, load_f16(at_first + i));
     if (i == n) return room;
     uint16_t some[LANES] = {0};
     float rest[LANES];
-    memcpy(some, halves + i, sizeof(uint16_t) * (size_t)(n - i));
-    store(rest, load_halves(some));
+    memcpy(some, at_first + i, sizeof(uint16_t) * (size_t)(n - i));
+    store(rest, load_f16(some));
     memcpy(room + i, rest, sizeof(float) * (size_t)(n - i));
     return room;
 }
@@ -213,7 +221,7 @@ static void attend_heads(const attention *at, int first, int n, int rows, int pa
             memset(at->out + ((ptrdiff_t)row * at->n_head + head) * dim, 0, sizeof(float) * (size_t)dim);
         }
     int earliest = at->window && past + 1 > at->window ? past + 1 - at->window : 0;
-    float room[2][at->is_half ? KEYS_AT_A_TIME * dim : 1];
+    float room[2][KEYS_AT_A_TIME * MOST_DIM];
     for (int begin = earliest / KEYS_AT_A_TIME * KEYS_AT_A_TIME; begin < last; begin += KEYS_AT_A_TIME) {
         int read = begin + KEYS_AT_A_TIME < last ? KEYS_AT_A_TIME : last - begin;
         ptrdiff_t from = ((ptrdiff_t)kv_head * at->capacity + begin) * dim;

@@ -16,6 +16,10 @@ LANES = 8
 """What rows of shares are rounded up to: whole vectors of every processor."""
 
 
+MOST_DIM = 256
+"""Numbers of a head whose keys and values are stored in 16 bits, at most."""
+
+
 class Kind(IntEnum):
     """What a step does."""
 

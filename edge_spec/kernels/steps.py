@@ -72,7 +72,6 @@ class Steps:
         if self._config.traits.post_norms:
             place, width = self._held.at(branch), self._config.hidden
             gain, epsilon = self._matrices.vector(f"{name}.weight"), self._config.rms_epsilon
-            rows = Rows.EVERY if rows is Rows.EVERY else Rows.WANTED
             of = Norm(x=place, gain=gain, out=place, width=width, x_stride=width, rows=rows, epsilon=epsilon)
             self._add(Kind.NORM, of)
 

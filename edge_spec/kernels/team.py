@@ -31,9 +31,11 @@ class Threads:
                 other.result()
         except BaseException:
             self._team.abandoned = 1
-            if self._workers is not None:
-                wait(other for other in running if not other.cancel())
-            self._team = Team(n_threads=self._team.n_threads)
+            try:
+                if self._workers is not None:
+                    wait(other for other in running if not other.cancel())
+            finally:
+                self._team = Team(n_threads=self._team.n_threads)
             raise
 
     def close(self) -> None:

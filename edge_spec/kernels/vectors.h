@@ -22,8 +22,8 @@ typedef __m256i bytes;
 
 INLINE floats load(const float *p) { return _mm256_loadu_ps(p); }
 INLINE void store(float *p, floats x) { _mm256_storeu_ps(p, x); }
-INLINE floats load_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-INLINE void store_halves(uint16_t *p, floats x) {
+INLINE floats load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE void store_f16(uint16_t *p, floats x) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 INLINE floats all(float x) { return _mm256_set1_ps(x); }
@@ -110,8 +110,8 @@ typedef int8x16x2_t bytes;
 
 INLINE floats load(const float *p) { return vld1q_f32(p); }
 INLINE void store(float *p, floats x) { vst1q_f32(p, x); }
-INLINE floats load_halves(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-INLINE void store_halves(uint16_t *p, floats x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+INLINE floats load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+INLINE void store_f16(uint16_t *p, floats x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 INLINE floats all(float x) { return vdupq_n_f32(x); }
 INLINE floats add(floats a, floats b) { return vaddq_f32(a, b); }
 INLINE floats multiply(floats a, floats b) { return vmulq_f32(a, b); }
@@ -168,14 +168,14 @@ typedef struct { uint8_t of[32]; } bytes;
 INLINE floats load(const float *p) { floats x; memcpy(&x, p, sizeof x); return x; }
 INLINE void store(float *p, floats x) { memcpy(p, &x, sizeof x); }
 /* Numbers in 16 bits as IEEE 754 has them: 10 bits behind the point, exponents from -14 to 15, smaller ones in steps. */
-INLINE float of_half(uint16_t half) {
+INLINE float from_f16(uint16_t half) {
     int exponent = half >> 10 & 31, fraction = half & 1023;
     float size = exponent == 31 ? fraction ? NAN : INFINITY
                  : exponent     ? ldexpf((float)(1024 + fraction), exponent - 25)
                                 : ldexpf((float)fraction, -24);
     return half & 0x8000 ? -size : size;
 }
-INLINE uint16_t to_half(float x) {
+INLINE uint16_t to_f16(float x) {
     uint16_t sign = signbit(x) ? 0x8000 : 0;
     x = fabsf(x);
     if (x == 0) return sign;
@@ -187,8 +187,8 @@ INLINE uint16_t to_half(float x) {
     int steps = (int)nearbyintf(ldexpf(x, 11 - exponent)); /* 1024 to 2048, fewer of the smallest */
     return sign | (uint16_t)(((exponent + 13) << 10) + steps);
 }
-INLINE floats load_halves(const uint16_t *p) { floats x; for (int i = 0; i < 4; i++) x[i] = of_half(p[i]); return x; }
-INLINE void store_halves(uint16_t *p, floats x) { for (int i = 0; i < 4; i++) p[i] = to_half(x[i]); }
+INLINE floats load_f16(const uint16_t *p) { floats x; for (int i = 0; i < 4; i++) x[i] = from_f16(p[i]); return x; }
+INLINE void store_f16(uint16_t *p, floats x) { for (int i = 0; i < 4; i++) p[i] = to_f16(x[i]); }
 INLINE floats all(float x) { return (floats){x, x, x, x}; }
 INLINE floats add(floats a, floats b) { return a + b; }
 INLINE floats multiply(floats a, floats b) { return a * b; }

@@ -64,7 +64,7 @@ def onnx_attention(facts: ModelFacts, n_ctx: int, batch: int) -> int:
 
 def native_activations(config: DecoderConfig, matrices: tuple[StoredMatrix, ...], batch: int) -> int:
     """What the native kernels' steps work in, as far as a pass of `batch` tokens touches it: the arrays of
-    `kernels.program`, which have room for CHUNK tokens.
+    `kernels.program` and `kernels.matrices`, which have room for CHUNK tokens.
 
     Of a token: embedding, two sums of the residual stream, a branch and its norm; queries, keys and values; what
     attention makes of them, with two numbers a head; gate and up. And each of the three inputs of matrices as levels,

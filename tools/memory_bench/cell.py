@@ -135,7 +135,7 @@ def _exports() -> Iterator[Cell]:
 
 KV_TYPES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("q8",),
-    "native": (),
+    "native": ("f16",),
     "openvino": ("f16", "u8"),
     "llama": ("f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
 }
