@@ -179,8 +179,7 @@ def test_the_next_run_knows_how_long_answers_get(clock: Clock) -> None:
         for start in range(16):
             list(before.generate([start], max_tokens=usual))
         planner_of(decoder).restore({"lengths": lessons_of(before)["lengths"]})
-        # Short enough that how long the answer gets decides, and not what may be lost by reading.
-        waits.append(first_drafted(decoder, [3 + i % 50 for i in range(0, 3 * 12, 3)]))
+        waits.append(first_drafted(decoder, [3 + i % 50 for i in range(0, 3 * 20, 3)]))
     assert waits[0] < waits[1]
 
 

@@ -12,10 +12,8 @@ _WORST_SURPRISE = 2.0
 """A pass that took longer than this many times what was expected was interrupted, and counts as this."""
 _LEAST_S = 1e-7
 _ROW_SHARE = 0.2
-"""Until it is measured: what each further row adds to a pass, in passes of one row."""
-_READ_SHARE = 0.35
-"""Until it is measured: what a token that the draft model reads takes of one that it drafts. Measured on three machines
-and four backends: .25 to .51."""
+"""Until it is measured: what each further row adds to a pass, in passes of one row; a token that the draft reads, in
+those that it drafts."""
 _LEAST_READ = 32
 """Tokens of a prompt that say what a row costs; fewer are little beside what every pass costs."""
 
@@ -77,7 +75,7 @@ class Costs:
             return self._read_s
         # Where reading costs the target much beside a pass of one row, rows are dear, for the draft as well.
         share = self._prompt_s / self._base_s(self._widths[0]) if self._prompt_s is not None and self._seen else 0.0
-        return min(max(_READ_SHARE, share), 1.0) * self.draft_s
+        return min(max(_ROW_SHARE, share), 1.0) * self.draft_s
 
     def best_fixed(self, chance: float, max_draft: int, reading_s: float = 0.0) -> tuple[float, int]:
         """Tokens a second of the best fixed length of the model's drafts, and that length, from 0 to `max_draft`.
