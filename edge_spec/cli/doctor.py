@@ -49,7 +49,7 @@ def doctor(
     """Measure what passes cost on this machine, in half a minute; later engines start from it.
 
     Nothing has to be examined before a model is used: an engine learns the same from its own passes, only later.
-    With --compare, which takes a minute and a half, each installed backend runs the pair in a process of its own.
+    With --compare, which takes some minutes, each installed backend runs the pair in a process of its own.
     """
     started = perf_counter()
     from edge_spec.opening import LoadOptions, resolve
