@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-_AT_FIRST = 0.3
+_AT_FIRST = 0.5
 """Plain passes that may be lost before anything was won."""
-_SHARE = 0.05
+_SHARE = 0.02
 """Of the time that plain decoding would have taken: may be lost too."""
 _READING_SHARE = 0.2
 """The same, of what the draft model may take to read on: that is paid once, and the longer an answer has become, the
