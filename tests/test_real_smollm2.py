@@ -154,9 +154,7 @@ def test_8_bits_pick_the_token_that_llama_cpp_picks_at_97_of_100_positions(smoll
     ours.close()
     theirs.close()
     assert np.size(same) == 500
-    assert np.mean(same) >= 0.97 - 2 * np.sqrt(0.97 * 0.03 / 500), (
-        f"the same token at {np.mean(same):.1%} of the positions"
-    )
+    assert np.mean(same) >= 0.97, f"the same token at {np.mean(same):.1%} of the positions"
 
 
 def greedy(model: CausalLM, prompt: Sequence[int], count: int) -> list[int]:
