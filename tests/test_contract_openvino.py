@@ -15,6 +15,7 @@ from edge_spec.backends.openvino import OpenVinoModel, _group_notes
 from edge_spec.errors import BackendError, UsageError
 from edge_spec.export import RECIPES, Export, Recipe, export_model, open_export
 from edge_spec.export.stored import read_weights
+from edge_spec.formats.gguf import GGUFFile
 from edge_spec.types import TOP_K, Output
 from tests.contract import CausalLMContract, EqualRowsContract, MakeModel, ShallowContract
 from tests.reference_decoder import reference_logits
@@ -208,9 +209,11 @@ def test_a_trimmed_head_gives_its_own_tokens_and_those_it_is_asked_for(tmp_path:
     trimmed.reach([reached])
     trimmed.rollback(0)
     again = trimmed.decode(tokens, rows=3).logits
+    # No further from onnx's than what the head itself scores; how far that is depends on the processor's arithmetic.
     peer = OnnxModel(open_export(tmp_path / "trimmed"), name="tiny", n_ctx=64, threads=1)
     peer.reach([reached])
-    np.testing.assert_allclose(again[:, reached], peer.decode(tokens, rows=3).logits[:, reached], atol=0.05)
+    distance = np.abs(again - peer.decode(tokens, rows=3).logits)
+    assert distance[:, reached].max() <= distance[:, kept].max()
     peer.close()
     assert np.isfinite(again).sum() == 3 * (kept.sum() + 1)
     again = again.copy()
@@ -221,6 +224,25 @@ def test_a_trimmed_head_gives_its_own_tokens_and_those_it_is_asked_for(tmp_path:
     np.testing.assert_allclose(top.log_sum, np.log(np.exp(again.astype(np.float64)).sum(axis=1)), rtol=1e-5)
     whole.close()
     trimmed.close()
+
+
+def test_reached_tokens_are_scored_by_the_rows_of_the_source(tmp_path: Path) -> None:
+    """One vector a row of the pass explains the logits of all of them, and is the one that the head reads too."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", n_vocab=512, tensor_type="F16")
+    export = export_model(path, replace(TRIMMED, head_rows=64), tmp_path / "trimmed", sha256="0" * 64)
+    head = export.read_head_ids()
+    assert head is not None
+    reached = np.setdiff1d(np.arange(512), head)
+    with GGUFFile(path) as source:
+        rows, head_rows = (source.dequantize(export.config.head_tensor, ids) for ids in (reached, head))
+    model = OpenVinoModel(export, name="tiny", n_ctx=64, threads=1)
+    model.reach(reached.tolist())
+    logits = model.decode([1, 40, 7, 99, 250], rows=3).logits.T
+    assert len(rows) > rows.shape[1]
+    hidden = np.linalg.lstsq(rows, logits[reached], rcond=None)[0]
+    np.testing.assert_allclose(rows @ hidden, logits[reached], atol=1e-4)
+    assert np.corrcoef((head_rows @ hidden).ravel(), logits[head].ravel())[0, 1] > 0.99
+    model.close()
 
 
 def test_a_trimmed_head_whose_logits_are_not_numbers_is_an_error(tmp_path: Path) -> None:
