@@ -39,7 +39,7 @@ BACKENDS = ("onnx", "native", "openvino", "llama")
 
 KV_TYPES = {
     "onnx": ("f32", "q8"),
-    "native": ("f32", "f16"),
+    "native": ("f16", "f32"),
     "openvino": ("f32", "f16", "u8"),
     "llama": ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
 }
@@ -211,7 +211,8 @@ class Loader:
         model = self._open(source, export, n_ctx)
         self._report(f"load {source.name}", 1, 1)
         # Not the folder, which may have any name, nor the recipe's name, which may have meant something else once.
-        stored = export.key + (f" kv {self.kv}" if self.kv else "")
+        kv = model.spec.kv_type
+        stored = export.key + (f" kv {kv}" if kv != "f32" else "")
         notes = [*getattr(model, "notes", ())]
         if export.requantized:
             notes.append(f"{source.name}: {', '.join(export.requantized)} tensors have no exact form; 8 bits instead")

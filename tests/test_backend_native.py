@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from edge_spec import Engine
+from edge_spec.backends import native
 from edge_spec.backends.native import NativeModel
 from edge_spec.backends.onnx import OnnxModel
-from edge_spec.errors import BackendError, BackendUnavailableError, UsageError
+from edge_spec.errors import BackendError, BackendUnavailableError, UnsupportedArchitectureError, UsageError
 from edge_spec.export import RECIPES, Export, Recipe, export_model
 from edge_spec.export.stored import read_weights
 from edge_spec.export.traits import SUPPORTED
@@ -51,12 +52,13 @@ def last_logits(model: OnnxModel | NativeModel) -> Logits:
 
 
 def assert_agree(made: Export, kernels_dir: Path, **options: Any) -> None:
-    """The same weights, and activations rounded alike."""
+    """The same weights, and activations rounded alike, with both types of the cache."""
     context = {"n_ctx": 256, **options}
-    ours = last_logits(open_native(made, kernels_dir, **context))
     theirs = last_logits(OnnxModel(made, name="tiny", threads=1, **context))
-    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
-    assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.02)
+    for kv in ("f32", "f16"):
+        ours = last_logits(open_native(made, kernels_dir, kv=kv, **context))
+        assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
+        assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +99,15 @@ def test_logits_of_every_architecture_are_those_of_the_onnx_backend_over_long_te
     assert_agree(made, kernels_dir, n_ctx=n_ctx)
 
 
+@pytest.mark.parametrize("head_dim", [272, 528])
+def test_large_heads_are_attended_to_in_shorter_stretches(head_dim: int, kernels_dir: Path, tmp_path: Path) -> None:
+    assert_agree(export(tmp_path, hidden=2 * head_dim, n_head=2, n_kv_head=1, ff=64), kernels_dir)
+
+
 @pytest.mark.parametrize("model", [{}, UNEVEN], ids=["whole vectors", "uneven"])
 def test_halves_hold_the_same_in_half_the_bytes(model: dict[str, Any], kernels_dir: Path, tmp_path: Path) -> None:
     made, tokens = export(tmp_path, **model), list(range(5, 105))
-    whole, half = open_native(made, kernels_dir), open_native(made, kernels_dir, kv="f16")
+    whole, half = open_native(made, kernels_dir, kv="f32"), open_native(made, kernels_dir)
     assert (half.spec.kv_type, 2 * half.spec.kv_bytes_per_token) == ("f16", whole.spec.kv_bytes_per_token)
     expected, found = (each.decode(tokens, rows=8).logits.copy() for each in (whole, half))
     assert not np.array_equal(found, expected)
@@ -133,15 +140,19 @@ def test_the_number_of_threads_changes_no_bit(threads: int, kernels_dir: Path, t
 
 
 def test_types_of_the_cache_that_are_not_there_are_refused(kernels_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="choose one of f32, f16"):
+    with pytest.raises(UsageError, match="choose one of f16, f32"):
         open_native(export(tmp_path), kernels_dir, kv="q8")
 
 
-def test_heads_too_large_for_a_cache_in_16_bits_are_refused(kernels_dir: Path, tmp_path: Path) -> None:
-    made = export(tmp_path, hidden=544, n_head=2, n_kv_head=1, ff=544)
+def test_heads_larger_than_the_kernels_have_room_for_are_refused(
+    kernels_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = export(tmp_path)  # 64 numbers
+    monkeypatch.setattr(native, "MOST_DIM", 64)
     open_native(made, kernels_dir).close()
-    with pytest.raises(UsageError, match="heads of 272, and at most 256"):
-        open_native(made, kernels_dir, kv="f16")
+    monkeypatch.setattr(native, "MOST_DIM", 63)
+    with pytest.raises(UnsupportedArchitectureError, match="heads of 64 numbers; at most 63"):
+        open_native(made, kernels_dir)
 
 
 def test_a_context_past_the_exact_one_is_refused(kernels_dir: Path, tmp_path: Path) -> None:

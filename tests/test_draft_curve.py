@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from draft_bench.answers import Answer, read
 from draft_bench.measure import guess
-from draft_bench.replay import replay
+from draft_bench.replay import replay, target_ms_for
 
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import UsageError
@@ -61,6 +61,13 @@ def test_a_right_and_cheap_draft_is_worth_more_than_a_dear_or_a_wrong_one(answer
     assert 0.5 < useless < 1.05
 
 
+def test_drafts_are_worth_less_the_more_a_row_costs(answers: list[Answer]) -> None:
+    right = [[(token, 0.99) for token in answer.ids] for answer in answers]
+    worths = [replay(answers, right, 2.0, target_ms_for(cost)) for cost in (0.0, 0.1, 0.4, 1.0)]
+    assert worths == sorted(worths, reverse=True)
+    assert worths[-1] < 1.05
+
+
 def test_the_curve_has_a_line_for_each_point(
     exports: Path, answers: list[Answer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +81,10 @@ def test_the_curve_has_a_line_for_each_point(
         _, _, *rows = capsys.readouterr().out.splitlines()
         assert [row.split(" | ")[0] for row in rows] == ["| straight", "| trimmed"]
         assert rows[0].split(" | ")[2] == "1.000"
+    assert draft_curve.main([*options, "--points", "straight", "--row-costs", "0.1,0.4"]) == 0
+    header, _, row = capsys.readouterr().out.splitlines()
+    assert "| times plain decoding, 0.1 a row | times plain decoding, 0.4 a row |" in header
+    assert row.count("|") == header.count("|")
     assert draft_curve.main([*options, "--points", "straight,nonsense"]) == 2
     assert "nonsense is no export" in capsys.readouterr().err
 

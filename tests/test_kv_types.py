@@ -81,9 +81,9 @@ def test_a_model_that_falls_back_to_llama_refuses_a_type_of_onnx(tmp_path: Path)
         Engine.load(target=odd, drafter="none", kv="q8", threads=1)
 
 
-@pytest.mark.parametrize(("backend", "kv"), [("onnx", "q8"), ("native", "f16")])
-def test_greedy_text_with_fewer_bits_is_the_same_for_every_drafter_and_the_engine_tells_the_type(
-    models: Path, backend: str, kv: str
+@pytest.mark.parametrize(("backend", "kv", "usual"), [("onnx", "q8", "f32"), ("native", "f32", "f16"), ("native", "f16", "f16")])
+def test_greedy_text_is_the_same_for_every_drafter_and_the_engine_tells_the_type(
+    models: Path, backend: str, kv: str, usual: str
 ) -> None:
     with Engine.load(
         target=models / "target.gguf", draft=models / "draft.gguf", recipe="int8", backend=backend, kv=kv, threads=1
@@ -91,15 +91,17 @@ def test_greedy_text_with_fewer_bits_is_the_same_for_every_drafter_and_the_engin
         assert engine.info.kv == kv
         for prompt in PROMPTS:
             plain = engine.generate(prompt, max_tokens=40, drafter="none")
-            assert f"keys and values are stored as {kv}: texts may differ from f32's" in plain.notes
+            note = f"keys and values are stored as {kv}: texts may differ from {usual}'s"
+            assert (note in plain.notes) == (kv != usual)
             for drafter in ("lookup", "model"):
                 assert engine.generate(prompt, max_tokens=40, drafter=drafter).token_ids == plain.token_ids, drafter
 
 
-def test_the_usual_type_needs_no_note(models: Path) -> None:
-    for kv in (None, "f32"):
-        with Engine.load(target=models / "target.gguf", drafter="none", kv=kv, threads=1) as engine:
-            assert engine.info.kv == "f32"
+@pytest.mark.parametrize(("backend", "usual"), [("onnx", "f32"), ("native", "f16")])
+def test_the_usual_type_needs_no_note(models: Path, backend: str, usual: str) -> None:
+    for kv in (None, usual):
+        with Engine.load(target=models / "target.gguf", drafter="none", backend=backend, kv=kv, threads=1) as engine:
+            assert engine.info.kv == usual
             assert not any("keys and values" in note for note in engine.info.notes)
 
 

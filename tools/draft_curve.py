@@ -7,7 +7,8 @@ Each point is a recipe, or the name of an export that is in the folder already. 
 (whole head, round to nearest), drafted from whole rows of logits; the others draft as generations do. Costs are
 measured in turn in one run; acceptance is the share of positions of the target's own answers where the draft's
 likeliest token is the target's. The last column replays the answers through the planner with the costs of this run,
-scaled so that the straightforward token costs --plain-ms: how many times faster than the target's plain decoding.
+scaled so that the straightforward token costs --plain-ms: how many times faster than the target's plain decoding. With
+--row-costs it is a column for each of them: what each further row adds to a pass of the target, in passes of one row.
 Answers are recorded by the target if the file is not there, exports are made if they are not, and guesses are kept
 beside them.
 """
@@ -25,7 +26,7 @@ import numpy as np
 from draft_bench import answers as recorded
 from draft_bench.answers import Answer
 from draft_bench.measure import CACHED, drafting, guess, straightforward, time_in_turn
-from draft_bench.replay import replay
+from draft_bench.replay import TARGET_MS, replay, target_ms_for
 
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.benchmark.workload import choose, read_workload, sample_workload
@@ -87,18 +88,21 @@ def print_curve(names: Sequence[str], answers: list[Answer], options: argparse.N
     ways = [(straightforward if i == 0 else drafting)(model, context) for i, model in enumerate(models)]
     taken = time_in_turn(ways, options.rounds)
     target = np.concatenate([answer.ids for answer in answers])
-    print("| point | ms, median (least) | of plain | acceptance | of plain | times plain decoding |")
-    print("|---|---|---|---|---|---|")
+    passes = {f", {cost} a row": target_ms_for(cost) for cost in options.row_costs} or {"": TARGET_MS}
+    faster = "".join(f" times plain decoding{text} |" for text in passes)
+    print(f"| point | ms, median (least) | of plain | acceptance | of plain |{faster}")
+    print("|---|---|---|---|---|" + "---|" * len(passes))
     base = 0.0
     for i, name in enumerate(names):
         ratio = float(np.median(taken[:, i] / taken[:, 0]))
         accepted = float(np.mean([token for known in guesses[i] for token, _ in known] == target))
         base = base or accepted
         kept = f"{accepted / base:.3f}" if base else "-"
-        faster = replay(answers, guesses[i], options.plain_ms * ratio)
+        draft_ms = options.plain_ms * ratio
+        times = " | ".join(f"{replay(answers, guesses[i], draft_ms, costs):.3f}" for costs in passes.values())
         print(
             f"| {name} | {np.median(taken[:, i]):.2f} ({taken[:, i].min():.2f}) | {ratio:.3f} | {accepted:.4f} "
-            f"| {kept} | {faster:.3f} |",
+            f"| {kept} | {times} |",
             flush=True,
         )
 
@@ -129,6 +133,10 @@ def _guesses(model: OnnxModel, file: Path, answers: list[Answer]) -> list[list[t
     return [[(int(token), float(p)) for token, p in known] for known in kept["guesses"]]
 
 
+def _costs(text: str) -> tuple[float, ...]:
+    return tuple(float(cost) for cost in text.split(","))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
     parser.add_argument("--answers", type=Path, required=True, help="the target's answers; recorded if not there")
@@ -141,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=60, help="of timing all points in turn")
+    parser.add_argument("--row-costs", type=_costs, default=(), help="such as 0.1,0.25,0.4")
     parser.add_argument("--plain-ms", type=float, default=12.0, help="a straightforward draft token, for the replay")
     return parser
 

@@ -23,7 +23,7 @@ from edge_spec.backends.alignment import MAX_ALIGNMENT, round_up
 from edge_spec.backends.embedding_table import EmbeddingTable
 from edge_spec.backends.top_k import log_sum_exp
 from edge_spec.backends.trimmed_head import MAX_REACHED, TrimmedHead, told
-from edge_spec.errors import BackendError, BackendMemoryError, UsageError
+from edge_spec.errors import BackendError, BackendMemoryError, UnsupportedArchitectureError, UsageError
 from edge_spec.export import Export
 from edge_spec.export.graph import HEAD
 from edge_spec.export.stored import map_weights, read_weights
@@ -33,7 +33,7 @@ from edge_spec.kernels.library import CHUNK, MOST_DIM
 from edge_spec.kernels.program import Program
 from edge_spec.types import TOP_K, Decoded, Logits, ModelSpec, Output
 
-_KINDS: dict[str, type[np.floating[Any]]] = {"f32": np.float32, "f16": np.float16}
+_KINDS: dict[str, type[np.floating[Any]]] = {"f16": np.float16, "f32": np.float32}
 """What keys and values may be stored as."""
 _NONE = np.empty(0, np.int64)
 """The wanted rows of a pass whose logits nobody asks for: the head is left out then."""
@@ -42,7 +42,7 @@ _NONE = np.empty(0, np.int64)
 class NativeModel(ContiguousModel):
     """An export on kernels of our own; implements `backends.base.CausalLM`.
 
-    `threads` go through a pass together; `kv` is how keys and values are stored, "f32" or "f16". The kernels are
+    `threads` go through a pass together; `kv` is how keys and values are stored, "f16" or "f32". The kernels are
     compiled into `kernels_dir` at the first use. Raises BackendUnavailableError where there is no compiler.
     """
 
@@ -54,17 +54,15 @@ class NativeModel(ContiguousModel):
         n_ctx: int,
         threads: int,
         kernels_dir: Path,
-        kv: str = "f32",
+        kv: str = "f16",
         max_rows: int = 16,
     ) -> None:
         config = export.config
         check_exact(config, name, n_ctx)
         if kv not in _KINDS:
             raise UsageError(f"kv={kv!r}: choose one of {', '.join(_KINDS)}")
-        if kv != "f32" and config.head_dim > MOST_DIM:
-            raise UsageError(
-                f"kv={kv!r}: {name} has heads of {config.head_dim}, and at most {MOST_DIM} can be stored so"
-            )
+        if config.head_dim > MOST_DIM:
+            raise UnsupportedArchitectureError(f"{name} has heads of {config.head_dim} numbers; at most {MOST_DIM}")
         kind = _KINDS[kv]
         max_rows = min(round_up(max_rows, MAX_ALIGNMENT), CHUNK - MAX_ALIGNMENT)  # one chunk has them all, padded too
         spec = ModelSpec(

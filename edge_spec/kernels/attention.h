@@ -4,15 +4,16 @@
 
 #include "vectors.h"
 
-enum { KEYS_AT_A_TIME = 64, MOST_HEADS = 3, MOST_DIM = 256 };
+/* Keys of a stretch, fewer where heads are large: at most MOST_DIM numbers of each kind are turned into 32 bits at once. */
+enum { KEYS_AT_A_TIME = 64, MOST_HEADS = 3, MOST_DIM = KEYS_AT_A_TIME * 256 };
 /* From one query's scores to the next one's: whole vectors of them, and a vector behind. */
 enum { SCORES_APART = KEYS_AT_A_TIME + LANES };
 
 /* Queries, keys and values of a pass lie behind each other in rows of `qkv`. The cache is [n_kv_head, capacity,
    head_dim] each for keys, turned, and values, in 32 bits or, where `is_half` is set, in 16; heads have at most MOST_DIM
-   numbers then. `query_norm` and `key_norm`: gains of each head's queries and keys, NULL: not normed; `cosines` and
-   `sines`: [positions, rope_dim / 2], NULL: not turned. `out`: [rows, n_head * head_dim]; `states`: the largest score and
-   the sum of each row's heads, [rows, n_head, 2]. */
+   numbers. `query_norm` and `key_norm`: gains of each head's queries and keys, NULL: not normed; `cosines` and `sines`:
+   [positions, rope_dim / 2], NULL: not turned. `out`: [rows, n_head * head_dim]; `states`: the largest score and the sum
+   of each row's heads, [rows, n_head, 2]. */
 typedef struct {
     float *qkv;
     const float *query_norm, *key_norm, *cosines, *sines;
@@ -221,15 +222,16 @@ static void attend_heads(const attention *at, int first, int n, int rows, int pa
             memset(at->out + ((ptrdiff_t)row * at->n_head + head) * dim, 0, sizeof(float) * (size_t)dim);
         }
     int earliest = at->window && past + 1 > at->window ? past + 1 - at->window : 0;
-    float room[2][KEYS_AT_A_TIME * MOST_DIM];
-    for (int begin = earliest / KEYS_AT_A_TIME * KEYS_AT_A_TIME; begin < last; begin += KEYS_AT_A_TIME) {
-        int read = begin + KEYS_AT_A_TIME < last ? KEYS_AT_A_TIME : last - begin;
+    float room[2][MOST_DIM];
+    int stretch = dim * KEYS_AT_A_TIME > MOST_DIM ? MOST_DIM / dim : KEYS_AT_A_TIME;
+    for (int begin = earliest / stretch * stretch; begin < last; begin += stretch) {
+        int read = begin + stretch < last ? stretch : last - begin;
         ptrdiff_t from = ((ptrdiff_t)kv_head * at->capacity + begin) * dim;
         const float *keys = cached(at, at->keys, from, (ptrdiff_t)read * dim, room[0]);
         const float *values = cached(at, at->values, from, (ptrdiff_t)read * dim, room[1]);
         for (int row = 0; row < rows; row++) {
             int seen = past + row + 1, since = at->window && seen > at->window ? seen - at->window : 0;
-            int start = since > begin ? since : begin, end = begin + KEYS_AT_A_TIME < seen ? begin + KEYS_AT_A_TIME : seen;
+            int start = since > begin ? since : begin, end = begin + stretch < seen ? begin + stretch : seen;
             ptrdiff_t skipped = (ptrdiff_t)(start - begin) * dim;
             ptrdiff_t place = (ptrdiff_t)row * at->n_head + first;
             if (start < end)

@@ -16,8 +16,8 @@ LANES = 8
 """What rows of shares are rounded up to: whole vectors of every processor."""
 
 
-MOST_DIM = 256
-"""Numbers of a head whose keys and values are stored in 16 bits, at most."""
+MOST_DIM = 16384
+"""Numbers of a head, at most: as in `attention.h`."""
 
 
 class Kind(IntEnum):

@@ -28,6 +28,12 @@ _NOISE, _MAX_ROWS = 0.05, 16
 MAX_TOKENS = 128
 
 
+def target_ms_for(row_cost: float) -> dict[int, float]:
+    """A pass where each further row adds `row_cost` of a pass of one row, whose time is that of `TARGET_MS`."""
+    rows = (1, *range(2, _MAX_ROWS + 1, 2))
+    return {n: TARGET_MS[1] * (1 + row_cost * (n - 1)) for n in rows}
+
+
 class _Clock:
     def __init__(self) -> None:
         self.now = 0.0

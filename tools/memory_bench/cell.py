@@ -135,10 +135,10 @@ def _exports() -> Iterator[Cell]:
 
 KV_TYPES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("q8",),
-    "native": ("f16",),
+    "native": ("f32",),
     "openvino": ("f16", "u8"),
     "llama": ("f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
 }
 """Types of cache elements beside the default, by backend."""
-SMALLEST_KV: Mapping[str, str] = {"onnx": "q8", "native": "f16", "openvino": "u8", "llama": "q8_0"}
+SMALLEST_KV: Mapping[str, str] = {"onnx": "q8", "openvino": "u8", "llama": "q8_0"}
 """What the pair is run with besides, where there is a choice."""
