@@ -112,10 +112,19 @@ def first_drafted(decoder: SpeculativeDecoder, prompt: list[int], max_tokens: in
 def test_a_longer_prompt_is_read_by_the_draft_for_a_longer_answer(clock: Clock) -> None:
     waits = []
     for length in (10, 40, 80):
-        decoder = decoder_of(clock, target=(0.030, 0.010), draft=(0.004, 0.002))
+        decoder = decoder_of(clock, target=(0.030, 0.005), draft=(0.004, 0.002))  # drafts pay by more than the margin
         list(decoder.generate([1], max_tokens=30, max_draft=0))
         waits.append(first_drafted(decoder, [3 + i % 50 for i in range(0, 3 * length, 3)]))
     assert waits == sorted(set(waits))
+
+
+def test_no_prompt_is_read_for_drafts_that_are_hardly_faster(clock: Clock) -> None:
+    """A mostly right draft is not, where a row costs a third of a pass."""
+    prompt = [3 + i % 50 for i in range(0, 3 * 80, 3)]
+    for row_s, reads in ((0.005, True), (0.010, False)):
+        decoder = decoder_of(clock, target=(0.030, row_s), draft=(0.004, 0.002))
+        list(decoder.generate([1], max_tokens=30, max_draft=0))
+        assert (first_drafted(decoder, prompt) < 300) == reads
 
 
 def test_where_answers_are_short_the_draft_reads_later(clock: Clock) -> None:

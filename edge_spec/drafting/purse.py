@@ -6,7 +6,7 @@ _AT_FIRST = 0.5
 """Plain passes that may be lost before anything was won."""
 _SHARE = 0.02
 """Of the time that plain decoding would have taken: may be lost too."""
-_READING_SHARE = 0.2
+_READING_SHARE = 0.15
 """The same, of what the draft model may take to read on: that is paid once, and the longer an answer has become, the
 longer it is likely to go on (the rent-or-buy rule of Karlin et al., Competitive snoopy caching, 1988)."""
 
