@@ -132,7 +132,7 @@ class Engine:
         little speed of plain decoding.
 
         `kv` is what keys and values are stored as, the draft's too where it runs on the same backend: "f16" or "f32" on
-        native, "f32" or "q8" on onnx, "f32", "f16" or "u8" on openvino, "f16", "f32", "bf16", "q8_0", "q5_1", "q5_0",
+        native, "f32" or "q8" on onnx, "f16", "f32" or "u8" on openvino, "f16", "f32", "bf16", "q8_0", "q5_1", "q5_0",
         "q4_1" or "q4_0" on llama, the first of each unless given. Fewer bits take less memory and change the text; with
         "u8" it depends on the drafter too.
 

@@ -40,7 +40,7 @@ BACKENDS = ("onnx", "native", "openvino", "llama")
 KV_TYPES = {
     "onnx": ("f32", "q8"),
     "native": ("f16", "f32"),
-    "openvino": ("f32", "f16", "u8"),
+    "openvino": ("f16", "f32", "u8"),
     "llama": ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
 }
 """What keys and values can be stored as, by backend; the first is what they are unless told otherwise."""
@@ -291,7 +291,8 @@ class Loader:
         model = llama.load(source.gguf, name=source.name, n_ctx=n_ctx, threads=self.threads, kv=kv)
         self._report(f"load {source.name}", 1, 1)
         file_type = _file_type(source.gguf)
-        return LoadedModel(model, "llama", file_type, file_type + (f" kv {self.kv}" if self.kv else ""), ())
+        stored = file_type + (f" kv {kv}" if kv != KV_TYPES["llama"][0] else "")
+        return LoadedModel(model, "llama", file_type, stored, ())
 
     def _report(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:

@@ -99,9 +99,17 @@ def test_logits_of_every_architecture_are_those_of_the_onnx_backend_over_long_te
     assert_agree(made, kernels_dir, n_ctx=n_ctx)
 
 
+@pytest.mark.parametrize("window", [59, 60, 61, 2 * WINDOW])
 @pytest.mark.parametrize("head_dim", [272, 528])
-def test_large_heads_are_attended_to_in_shorter_stretches(head_dim: int, kernels_dir: Path, tmp_path: Path) -> None:
-    assert_agree(export(tmp_path, hidden=2 * head_dim, n_head=2, n_kv_head=1, ff=64), kernels_dir)
+def test_large_heads_are_attended_to_in_shorter_stretches(
+    head_dim: int, window: int, kernels_dir: Path, tmp_path: Path
+) -> None:
+    metadata = {
+        **{f"gemma2.attention.{name}_length": head_dim for name in ("key", "value")},
+        "gemma2.attention.sliding_window": window,
+    }
+    sizes: dict[str, Any] = {"hidden": 2 * head_dim, "n_head": 2, "n_kv_head": 1, "ff": 64}
+    assert_agree(export(tmp_path, architecture="gemma2", metadata=metadata, **sizes), kernels_dir)
 
 
 @pytest.mark.parametrize("model", [{}, UNEVEN], ids=["whole vectors", "uneven"])

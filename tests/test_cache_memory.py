@@ -163,6 +163,15 @@ def test_a_turned_key_is_the_key_of_the_other_position(architecture: str, tmp_pa
             np.testing.assert_allclose(turn_keys(config, placed(source), angles), placed(target), rtol=0, atol=2e-5)
 
 
+def test_what_is_too_large_for_16_bits_once_it_is_turned_is_the_largest_number(tmp_path: Path) -> None:
+    """An infinite key would make scores that are no numbers."""
+    config = config_of(tmp_path, "llama")
+    keys = np.full((1, config.head_dim), 60_000, np.float16)
+    turned = turn_keys(config, keys, np.full(len(config.rope_pairs[0]), 0.25 * np.pi))
+    np.testing.assert_array_equal(turned[:, config.rope_pairs[1]], np.float16(65504))
+    np.testing.assert_allclose(turned[:, config.rope_pairs[0]], 0, atol=16)
+
+
 def test_a_window_past_the_short_one_turns_what_is_cached_to_its_own_embedding(tmp_path: Path) -> None:
     from edge_spec.backends.onnx import OnnxModel
     from edge_spec.export import RECIPES, export_model

@@ -28,7 +28,7 @@ class NativeModels:
 
     recipe: ClassVar[Recipe] = RECIPES["int4"]
     threads: ClassVar[int] = 1
-    kv: ClassVar[str] = "f32"
+    kv: ClassVar[str] = "f16"
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -92,8 +92,8 @@ class TestInt8OfTwoThreads(NativeContract):
     threads = 2
 
 
-class TestHalves(NativeContract):
-    kv = "f16"
+class TestFloats(NativeContract):
+    kv = "f32"
     threads = 2
 
 
@@ -142,6 +142,8 @@ class TestArchitectures(NativeContract):
 
 
 class TestEviction(NativeModels, ShallowContract):
+    kv = "f32"
+
     @pytest.fixture(scope="class", params=sorted(PECULIARITIES))
     @classmethod
     def source(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

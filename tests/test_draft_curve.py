@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from draft_bench.answers import Answer, read
 from draft_bench.measure import guess
-from draft_bench.replay import replay, target_ms_for
+from draft_bench.replay import Passes, geometric_mean, replay
 
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.errors import UsageError
@@ -55,7 +55,10 @@ def test_guesses_are_the_models_own_at_each_position(exports: Path, answers: lis
 def test_a_right_and_cheap_draft_is_worth_more_than_a_dear_or_a_wrong_one(answers: list[Answer]) -> None:
     right = [[(token, 0.99) for token in answer.ids] for answer in answers]
     wrong = [[((token + 1) % 600, 0.1) for token in answer.ids] for answer in answers]
-    cheap, dear, useless = replay(answers, right, 2.0), replay(answers, right, 20.0), replay(answers, wrong, 2.0)
+    cheap, dear, useless = (
+        geometric_mean(replay(answers, guesses, Passes.of_draft(draft_ms)))
+        for guesses, draft_ms in ((right, 2.0), (right, 20.0), (wrong, 2.0))
+    )
     assert cheap > dear > 1
     assert cheap > 1.5
     assert 0.5 < useless < 1.05
@@ -63,9 +66,13 @@ def test_a_right_and_cheap_draft_is_worth_more_than_a_dear_or_a_wrong_one(answer
 
 def test_drafts_are_worth_less_the_more_a_row_costs(answers: list[Answer]) -> None:
     right = [[(token, 0.99) for token in answer.ids] for answer in answers]
-    worths = [replay(answers, right, 2.0, target_ms_for(cost)) for cost in (0.0, 0.1, 0.4, 1.0)]
+    worths = [
+        geometric_mean(replay(answers, right, Passes.of_row_cost(2, cost), Passes.of_row_cost(30, cost)))
+        for cost in (0.01, 0.1, 0.4, 1.0)
+    ]
     assert worths == sorted(worths, reverse=True)
-    assert worths[-1] < 1.05
+    assert worths[1] > 1.5
+    assert worths[-1] == pytest.approx(1, abs=0.05)
 
 
 def test_the_curve_has_a_line_for_each_point(

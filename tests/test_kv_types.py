@@ -81,7 +81,9 @@ def test_a_model_that_falls_back_to_llama_refuses_a_type_of_onnx(tmp_path: Path)
         Engine.load(target=odd, drafter="none", kv="q8", threads=1)
 
 
-@pytest.mark.parametrize(("backend", "kv", "usual"), [("onnx", "q8", "f32"), ("native", "f32", "f16"), ("native", "f16", "f16")])
+@pytest.mark.parametrize(
+    ("backend", "kv", "usual"), [("onnx", "q8", "f32"), ("native", "f32", "f16"), ("native", "f16", "f16")]
+)
 def test_greedy_text_is_the_same_for_every_drafter_and_the_engine_tells_the_type(
     models: Path, backend: str, kv: str, usual: str
 ) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_cache_bytes_are_those_that_the_backend_allocates(
     if backend == "onnx":
         model = OnnxModel(export, name="m", n_ctx=N_CTX, threads=1)
     else:
-        options = {} if kv is None else {"kv": kv}
+        options: dict[str, Any] = {} if kv is None else {"kv": kv}
         model = NativeModel(export, name="m", n_ctx=N_CTX, threads=1, kernels_dir=kernels_dir, **options)
     held = [array.nbytes for _, array in model._cache.arrays()]
     model.close()

@@ -119,7 +119,7 @@ def test_a_longer_prompt_is_read_by_the_draft_for_a_longer_answer(clock: Clock) 
 
 
 def test_no_prompt_is_read_for_drafts_that_are_hardly_faster(clock: Clock) -> None:
-    """A mostly right draft is not, where a row costs a third of a pass."""
+    """Where a row costs a third of a pass, one that is expected to be mostly right is hardly faster."""
     prompt = [3 + i % 50 for i in range(0, 3 * 80, 3)]
     for row_s, reads in ((0.005, True), (0.010, False)):
         decoder = decoder_of(clock, target=(0.030, row_s), draft=(0.004, 0.002))
@@ -240,7 +240,7 @@ class Overconfident(Drafter):
 def test_no_answer_gets_much_slower_than_plain_decoding_whatever_was_expected(
     clock: Clock, answer: int, prompt: int
 ) -> None:
-    """Copies and a model that are all wrong: a twentieth and a pass are lost, a fifth if the model read."""
+    """Copies and a model that are all wrong: a twentieth and a pass are lost, and .15 if the model read."""
     plain_s, row_s = 0.030, 0.006  # as is guessed before it is measured
     target = TimedLM(clock, plain_s, row_s, n_vocab=64, n_ctx=400, max_rows=16)
     model = ModelDrafter(Session(TimedLM(clock, 0.009, 0.002, n_vocab=64, n_ctx=400, max_rows=16, seed=7)))
@@ -253,7 +253,7 @@ def test_no_answer_gets_much_slower_than_plain_decoding_whatever_was_expected(
     before = clock.now
     written = sum(len(step.tokens) for step in steps)
     assert written == answer - 1
-    assert clock.now - before < plain_s * (written * (1 + 0.05 + 0.2) + 0.3 + 0.5)
+    assert clock.now - before < plain_s * (written * (1 + 0.05 + 0.15) + 0.3 + 0.5)
 
 
 def test_the_first_token_waits_for_no_draft_model(clock: Clock) -> None:

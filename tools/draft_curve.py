@@ -7,8 +7,9 @@ Each point is a recipe, or the name of an export that is in the folder already. 
 (whole head, round to nearest), drafted from whole rows of logits; the others draft as generations do. Costs are
 measured in turn in one run; acceptance is the share of positions of the target's own answers where the draft's
 likeliest token is the target's. The last column replays the answers through the planner with the costs of this run,
-scaled so that the straightforward token costs --plain-ms: how many times faster than the target's plain decoding. With
---row-costs it is a column for each of them: what each further row adds to a pass of the target, in passes of one row.
+scaled so that the straightforward token costs --plain-ms: how many times faster than the target's plain decoding (and
+the worst answer). With --row-costs it is a column for each of them: what each further row adds to a pass, in passes of
+one row, of either model; nothing is padded then.
 Answers are recorded by the target if the file is not there, exports are made if they are not, and guesses are kept
 beside them.
 """
@@ -26,7 +27,7 @@ import numpy as np
 from draft_bench import answers as recorded
 from draft_bench.answers import Answer
 from draft_bench.measure import CACHED, drafting, guess, straightforward, time_in_turn
-from draft_bench.replay import TARGET_MS, replay, target_ms_for
+from draft_bench.replay import TARGET, Passes, geometric_mean, replay
 
 from edge_spec.backends.onnx import OnnxModel
 from edge_spec.benchmark.workload import choose, read_workload, sample_workload
@@ -88,10 +89,10 @@ def print_curve(names: Sequence[str], answers: list[Answer], options: argparse.N
     ways = [(straightforward if i == 0 else drafting)(model, context) for i, model in enumerate(models)]
     taken = time_in_turn(ways, options.rounds)
     target = np.concatenate([answer.ids for answer in answers])
-    passes = {f", {cost} a row": target_ms_for(cost) for cost in options.row_costs} or {"": TARGET_MS}
-    faster = "".join(f" times plain decoding{text} |" for text in passes)
+    costs = options.row_costs or (None,)
+    faster = "".join(f" times plain decoding{'' if cost is None else f', {cost} a row'} |" for cost in costs)
     print(f"| point | ms, median (least) | of plain | acceptance | of plain |{faster}")
-    print("|---|---|---|---|---|" + "---|" * len(passes))
+    print("|---|---|---|---|---|" + "---|" * len(costs))
     base = 0.0
     for i, name in enumerate(names):
         ratio = float(np.median(taken[:, i] / taken[:, 0]))
@@ -99,12 +100,20 @@ def print_curve(names: Sequence[str], answers: list[Answer], options: argparse.N
         base = base or accepted
         kept = f"{accepted / base:.3f}" if base else "-"
         draft_ms = options.plain_ms * ratio
-        times = " | ".join(f"{replay(answers, guesses[i], draft_ms, costs):.3f}" for costs in passes.values())
+        replayed = [replay(answers, guesses[i], *_passes(draft_ms, cost)) for cost in costs]
+        times = " | ".join(f"{geometric_mean(ratios):.3f} ({min(ratios):.2f})" for ratios in replayed)
         print(
             f"| {name} | {np.median(taken[:, i]):.2f} ({taken[:, i].min():.2f}) | {ratio:.3f} | {accepted:.4f} "
             f"| {kept} | {times} |",
             flush=True,
         )
+
+
+def _passes(draft_ms: float, row_cost: float | None) -> tuple[Passes, Passes]:
+    """The draft's and the target's."""
+    if row_cost is None:
+        return Passes.of_draft(draft_ms), TARGET
+    return Passes.of_row_cost(draft_ms, row_cost), Passes.of_row_cost(TARGET.ms[1], row_cost)
 
 
 def _open(name: str, options: argparse.Namespace, threads: int) -> OnnxModel:
@@ -149,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=60, help="of timing all points in turn")
-    parser.add_argument("--row-costs", type=_costs, default=(), help="such as 0.1,0.25,0.4")
+    parser.add_argument("--row-costs", type=_costs, default=(), help="in passes of one row, as 0.1,0.4")
     parser.add_argument("--plain-ms", type=float, default=12.0, help="a straightforward draft token, for the replay")
     return parser
 

@@ -4,7 +4,7 @@
     python tools/quality.py ... --workload prompts.jsonl --limit 6 --problems HumanEval.jsonl.gz
     python tools/quality.py ... --problems HumanEval.jsonl.gz --programs-only --draft qwen2.5-coder-0.5b
     python tools/quality.py ... --baseline onnx:qwen2.5-coder-1.5b@int4-plain
-    python tools/quality.py --reference openvino:qwen2.5-coder-1.5b openvino/f16:qwen2.5-coder-1.5b  # cache types
+    python tools/quality.py --reference native/f32:qwen2.5-coder-1.5b native:qwen2.5-coder-1.5b  # cache types
 
 Perplexity on the text that comes with the package; agreement of the greedy token with the reference and divergence
 from it over the reference's own answers to a workload's prompts (default: the sample prompts); with --problems, how

@@ -17,7 +17,7 @@ BLOCK = 32
 """Tokens in a block; the plugin's own figure, which its attention insists on."""
 
 
-KV_TYPES: dict[str, DTypeLike] = {"f32": np.float32, "f16": np.float16, "u8": np.uint8}
+KV_TYPES: dict[str, DTypeLike] = {"f16": np.float16, "f32": np.float32, "u8": np.uint8}
 """What keys and values can be stored as."""
 
 _SCALES = 8

@@ -20,7 +20,8 @@ def turn_keys(config: DecoderConfig, keys: NDArray[Any], angles: NDArray[np.floa
     first, second = config.rope_pairs
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     left, right = keys[..., first], keys[..., second]
+    largest = np.finfo(keys.dtype).max  # stands for what is larger: see `within_f16` of the native kernels
     turned = keys.copy()
-    turned[..., first] = left * cos - right * sin
-    turned[..., second] = right * cos + left * sin
+    turned[..., first] = np.clip(left * cos - right * sin, -largest, largest)
+    turned[..., second] = np.clip(right * cos + left * sin, -largest, largest)
     return turned

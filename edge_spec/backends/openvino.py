@@ -63,7 +63,7 @@ class OpenVinoModel(PaddedModel):
         n_ctx: int,
         threads: int,
         max_rows: int = 16,
-        kv: str = "f32",
+        kv: str = "f16",
         park_bytes: int = 0,
     ) -> None:
         if kv not in KV_TYPES:

@@ -118,7 +118,7 @@ RamOption = Annotated[
 KvOption = Annotated[
     str | None,
     typer.Option(
-        help="How keys and values are stored, the first unless given: f16 or f32 (native), f32 or q8 (onnx), f32, f16 "
+        help="How keys and values are stored, the first unless given: f16 or f32 (native), f32 or q8 (onnx), f16, f32 "
         "or u8 (openvino), f16, f32, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (llama).",
         rich_help_panel=_MODEL,
     ),

@@ -14,6 +14,10 @@ _LEAST_S = 1e-7
 _ROW_SHARE = 0.2
 """Until it is measured: what each further row adds to a pass, in passes of one row; a token that the draft reads, in
 those that it drafts."""
+_MARGIN = 0.1
+"""By so much a model's drafts have to be faster than plain decoding. Chances and costs are guesses, and what the model
+has read is lost where they were wrong. Replayed (docs/performance.md), the worst answers lose less by it, and the mean
+is the same."""
 _LEAST_READ = 32
 """Tokens of a prompt that say what a row costs; fewer are little beside what every pass costs."""
 
@@ -80,17 +84,20 @@ class Costs:
     def best_fixed(self, chance: float, max_draft: int, reading_s: float = 0.0) -> tuple[float, int]:
         """Tokens a second of the best fixed length of the model's drafts, and that length, from 0 to `max_draft`.
 
+        Unless drafts are faster than plain decoding by a margin, plain decoding's, and 0.
+
         `chance`: that a drafted token is accepted, given that all before it were. `reading_s`: what is paid for reading
         beforehand, for each token that profits from it. The expected tokens of a step are those of Leviathan et al.
         (arXiv 2211.17192, 3.1).
         """
-        rate, best, tokens = 1 / self.target_s(1), 0, 1.0
+        plain = 1 / self.target_s(1)
+        rate, best, tokens = plain * (1 + _MARGIN), 0, 1.0
         for n in range(1, max_draft + 1):
             tokens += chance**n
             drafted = tokens / (self.target_s(n + 1) + n * self.draft_s + tokens * reading_s)
             if drafted > rate:
                 rate, best = drafted, n
-        return rate, best
+        return (rate, best) if best else (plain, 0)
 
     def observe_target(self, rows: int, seconds: float) -> None:
         """A pass of `rows` rows took so long."""

@@ -1,9 +1,9 @@
 """Chooses, step by step, who drafts and how much, by what it costs and what it is likely to bring.
 
 The text is given, only the way through it is not: a step that covers n tokens in s seconds is worth n - rate * s, where
-the rate is that at which the same tokens could be had otherwise, by the best of plain decoding and drafts of the model
-of one length. Lookups are not part of it: where text repeats it repeats whatever was chosen before. Drafting nothing
-is a choice like any other.
+the rate is that at which the same tokens could be had otherwise, by plain decoding or, if that is clearly faster, by
+drafts of the model of one length. Lookups are not part of it: where text repeats it repeats whatever was chosen before.
+Drafting nothing is a choice like any other.
 
 That goes by expectations, and one answer may disappoint them all. So what can be lost is bounded too: see `Purse`.
 """
@@ -39,12 +39,6 @@ _WRITTEN, _UNCOPIED = 16, 10
 read."""
 
 
-_MARGIN = 0.1
-"""By so much the model's drafts have to be faster than plain decoding. Chances and costs are guesses, and what it has read
-is lost where they were wrong. Replayed on 36 recorded answers, where a row costs a quarter of a pass: the worst comes out
-at .96 of plain decoding instead of .87, and the mean is the same."""
-
-
 class Book:
     """What was learnt: costs, chances, and how long answers get."""
 
@@ -56,18 +50,15 @@ class Book:
         self.model = Acceptance(MODEL_SCALE)
         self.lengths = AnswerLengths()
         self.rate = 0.0
-        """Tokens a second of the best of plain decoding and fixed drafts of the model; see `set_rate`."""
+        """Tokens a second of plain decoding, or of fixed drafts of the model if those pay; see `set_rate`."""
 
     def set_rate(self, max_draft: int, reading_s: float = 0.0) -> bool:
         """Find the rate for drafts of up to `max_draft` tokens of the model; returns whether it is one of the model's.
 
         `reading_s`: what has to be paid for reading, for each token that profits from it.
         """
-        plain, _ = self.costs.best_fixed(0.0, 0)
-        drafted, length = self.costs.best_fixed(self.model.mean, max_draft, reading_s)
-        model_pays = length > 0 and drafted > plain * (1 + _MARGIN)
-        self.rate = drafted if model_pays else plain
-        return model_pays
+        self.rate, length = self.costs.best_fixed(self.model.mean, max_draft, reading_s)
+        return length > 0
 
     def to_json(self) -> dict[str, object]:
         """For the next run; empty if nothing was learnt."""

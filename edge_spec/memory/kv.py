@@ -38,7 +38,7 @@ _LLAMA = ("F16", "F32", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 KV_TYPES: dict[str, tuple[KvType, ...]] = {
     "onnx": (_ggml(GGMLType.F32), KvType("q8", 1, 1)),
     "native": (_ggml(GGMLType.F16), _ggml(GGMLType.F32)),
-    "openvino": (_ggml(GGMLType.F32), _ggml(GGMLType.F16), KvType("u8", 1, 1, _U8_SCALES)),
+    "openvino": (_ggml(GGMLType.F16), _ggml(GGMLType.F32), KvType("u8", 1, 1, _U8_SCALES)),
     "llama": tuple(_ggml(GGMLType[name]) for name in _LLAMA),
 }
 """Types that each backend stores keys and values as, its own first: as in `loading.KV_TYPES`."""

@@ -6,12 +6,14 @@ the answer (behind a wrong guess) the draft guesses wrong, as sure of itself as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import numpy as np
 
 from draft_bench.answers import Answer
+from edge_spec.backends.alignment import round_up
 from edge_spec.backends.base import Parked
 from edge_spec.decoding import Session, SpeculativeDecoder, decoder
 from edge_spec.drafting import Costs, LookupDrafter, ModelDrafter, Planner, model
@@ -20,18 +22,41 @@ from edge_spec.types import Decoded, ModelSpec, Output, TopK
 
 Guesses = Sequence[tuple[int, float]]
 
-TARGET_MS = {1: 31.5, 2: 36.4, 4: 52.8, 6: 69.6, 8: 87.6, 10: 105.0, 12: 122.0, 14: 140.0, 16: 159.0}
-"""A pass of the default target by its rows, padded to even ones but for 1: docs/performance.md."""
-_TARGET_READS_PER_S, _DRAFT_READS_PER_S = 128.0, 450.0
 _SECOND_ROW_MS, _ROW_MS = 1.0, 2.3
 _NOISE, _MAX_ROWS = 0.05, 16
 MAX_TOKENS = 128
 
 
-def target_ms_for(row_cost: float) -> dict[int, float]:
-    """A pass where each further row adds `row_cost` of a pass of one row, whose time is that of `TARGET_MS`."""
-    rows = (1, *range(2, _MAX_ROWS + 1, 2))
-    return {n: TARGET_MS[1] * (1 + row_cost * (n - 1)) for n in rows}
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """What passes of a model cost: milliseconds by rows, tokens a second of reading, and what rows are padded to."""
+
+    ms: Mapping[int, float]
+    reads_per_s: float
+    alignment: int = 1
+
+    @classmethod
+    def of_row_cost(cls, one_ms: float, row_cost: float) -> Passes:
+        """Where nothing is padded, and each further row, and each token that is read, adds `row_cost` of a pass of one
+        row, which takes `one_ms`."""
+        ms = {n: one_ms * (1 + row_cost * (n - 1)) for n in range(1, _MAX_ROWS + 1)}
+        return cls(ms, 1e3 / (one_ms * row_cost))
+
+    @classmethod
+    def of_draft(cls, one_ms: float) -> Passes:
+        """Those of the default draft on onnx, if one of a row takes `one_ms`."""
+        more = {n: _ROW_MS * (n - 1) for n in range(1, _MAX_ROWS + 1)} | {2: _SECOND_ROW_MS}
+        return cls({n: one_ms + ms for n, ms in more.items()}, 450.0)
+
+    def seconds(self, n: int) -> float:
+        """Of a pass of `n` tokens."""
+        return n / self.reads_per_s if n > _MAX_ROWS else self.ms[round_up(n, self.alignment)] / 1e3
+
+
+TARGET = Passes(
+    {1: 31.5, 2: 36.4, 4: 52.8, 6: 69.6, 8: 87.6, 10: 105.0, 12: 122.0, 14: 140.0, 16: 159.0}, 128.0, alignment=2
+)
+"""The default target on onnx, where rows are padded to even ones: docs/performance.md."""
 
 
 class _Clock:
@@ -49,7 +74,7 @@ class _Clock:
 class _Recorded:
     """A `CausalLM` that knows one answer: the target's own, or what a draft guesses at its positions."""
 
-    def __init__(self, n_vocab: int, clock: _Clock, cost_s: Callable[[int], float]) -> None:
+    def __init__(self, n_vocab: int, clock: _Clock, passes: Passes) -> None:
         self.spec = ModelSpec(
             name="recorded",
             architecture="recorded",
@@ -62,9 +87,9 @@ class _Recorded:
             weight_bytes=1,
             kv_bytes_per_token=1,
             max_rows=_MAX_ROWS,
-            row_alignment=2,
+            row_alignment=passes.alignment,
         )
-        self._clock, self._cost_s = clock, cost_s
+        self._clock, self._passes = clock, passes
         self._tokens: list[int] = []
         self._logits = np.zeros((_MAX_ROWS, n_vocab), np.float32)
         self._rng = np.random.default_rng(0)
@@ -102,7 +127,7 @@ class _Recorded:
         return
 
     def decode(self, tokens: Sequence[int], *, rows: int = 1, want: Output = Output.LOGITS) -> Decoded:
-        self._clock.spend(self._cost_s(len(tokens)))
+        self._clock.spend(self._passes.seconds(len(tokens)))
         self._tokens += tokens
         length = len(self._tokens)
         said = [self._next(length - rows + row + 1) for row in range(rows)]
@@ -124,29 +149,22 @@ class _Recorded:
 
 
 def replay(
-    answers: Sequence[Answer], guesses: Sequence[Guesses], draft_ms: float, target_ms: Mapping[int, float] = TARGET_MS
-) -> float:
-    """How many times faster than plain decoding the planner writes the answers, with draft tokens of `draft_ms`.
+    answers: Sequence[Answer], guesses: Sequence[Guesses], draft_passes: Passes, target_passes: Passes = TARGET
+) -> list[float]:
+    """How many times faster than plain decoding the planner writes each answer.
 
-    The geometric mean over the answers, from their second token on; plain passes have one row and are not padded. The
-    planner does not learn beforehand how long an answer is: each may get `MAX_TOKENS`, and is left where it ends.
+    From their second token on; those of three tokens and less are left out. Plain passes have one row and are not
+    padded. The planner does not learn beforehand how long an answer is: each may get `MAX_TOKENS`, and is left where it
+    ends.
     """
     n_vocab = max(max(answer.prompt + answer.ids) for answer in answers)
     n_vocab = max(n_vocab, *(token for known in guesses for token, _ in known)) + 1
     clock = _Clock()
-
-    def target_s(n: int) -> float:
-        return n / _TARGET_READS_PER_S if n > _MAX_ROWS else target_ms[n + n % 2] / 1e3
-
-    def draft_s(n: int) -> float:
-        more = _SECOND_ROW_MS if n == 2 else _ROW_MS * (n - 1)
-        return n / _DRAFT_READS_PER_S if n > _MAX_ROWS else (draft_ms + more) / 1e3
-
-    target, draft = (_Recorded(n_vocab, clock, cost_s) for cost_s in (target_s, draft_s))
+    target, draft = (_Recorded(n_vocab, clock, passes) for passes in (target_passes, draft_passes))
     session = Session(target)
 
     def costs() -> Costs:
-        return Costs(max_rows=_MAX_ROWS, alignment=2, draft_share=0.3)
+        return Costs(max_rows=_MAX_ROWS, alignment=target_passes.alignment, draft_share=0.3)
 
     planner = Planner(costs(), LookupDrafter(max_draft=15, bold=True), ModelDrafter(Session(draft)), fixed=costs())
     ratios = []
@@ -163,5 +181,10 @@ def replay(
             (first_at, first), last_at = counts[0], counts[-1][0]
             written = len(answer.ids) - first
             if written > 3:
-                ratios.append(written * target_ms[1] / 1e3 / (last_at - first_at))
+                ratios.append(written * target_passes.ms[1] / 1e3 / (last_at - first_at))
+    return ratios
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """Of ratios, the mean that is the same whichever way round they are taken."""
     return float(np.exp(np.mean(np.log(ratios))))
