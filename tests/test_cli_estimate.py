@@ -64,9 +64,9 @@ def test_parked_chats_have_a_line_of_their_own(run: Run, model: str, backend: st
 def test_what_does_not_fit_exits_with_3_and_says_what_would(run: Run, model: str) -> None:
     _, out, _ = run(model, "--ctx", "8192", "--ram", "2GiB", "--json")
     told = json.loads(out)
-    between = told["committed_bytes"] + told["band_bytes"] - (2 << 20)
+    needed = max(told["committed_bytes"], told["load_peak_bytes"]) + told["band_bytes"]
 
-    code, out, _ = run(model, "--ctx", "8192", "--ram", str(between))
+    code, out, _ = run(model, "--ctx", "8192", "--ram", str(needed - (2 << 20)))
 
     assert code == 3
     assert "does not fit" in out
