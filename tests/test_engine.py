@@ -530,7 +530,7 @@ def test_an_export_loads_from_its_folder_alone(models: Path, engine: Engine, tmp
 
     folder = export_model(models / "target.gguf", RECIPES["int8"], tmp_path / "alone", sha256="0" * 64).path
     expected = engine.generate(PROMPTS[0], max_tokens=20, drafter="none")
-    with Engine.load(target=folder, drafter="none", threads=1) as alone:
+    with Engine.load(target=folder, drafter="none", backend=engine.info.backend, threads=1) as alone:
         assert alone.generate(PROMPTS[0], max_tokens=20).token_ids == expected.token_ids
     with pytest.raises(UsageError, match="with the recipe int8, not int4"):
         Engine.load(target=folder, recipe="int4")
