@@ -92,6 +92,10 @@ def test_the_curve_has_a_line_for_each_point(
     header, _, row = capsys.readouterr().out.splitlines()
     assert "| times plain decoding, 0.1 a row | times plain decoding, 0.4 a row |" in header
     assert row.count("|") == header.count("|")
+    for nonsense in ("0", "-1", "nan", "much", "0.1,"):
+        with pytest.raises(SystemExit, match="2"):
+            draft_curve.main([*options, "--points", "straight", "--row-costs", nonsense])
+    capsys.readouterr()
     assert draft_curve.main([*options, "--points", "straight,nonsense"]) == 2
     assert "nonsense is no export" in capsys.readouterr().err
 

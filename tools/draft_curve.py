@@ -21,6 +21,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +143,11 @@ def _guesses(model: OnnxModel, file: Path, answers: list[Answer]) -> list[list[t
     return [[(int(token), float(p)) for token, p in known] for known in kept["guesses"]]
 
 
-def _costs(text: str) -> tuple[float, ...]:
-    return tuple(float(cost) for cost in text.split(","))
+def _row_costs(text: str) -> tuple[float, ...]:
+    costs = tuple(float(cost) for cost in text.split(","))
+    if not all(0 < cost < inf for cost in costs):
+        raise ValueError
+    return costs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=60, help="of timing all points in turn")
-    parser.add_argument("--row-costs", type=_costs, default=(), help="in passes of one row, as 0.1,0.4")
+    parser.add_argument("--row-costs", type=_row_costs, default=(), help="in passes of one row, as 0.1,0.4")
     parser.add_argument("--plain-ms", type=float, default=12.0, help="a straightforward draft token, for the replay")
     return parser
 

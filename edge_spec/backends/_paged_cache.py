@@ -138,7 +138,7 @@ class PagedCache:
             moved = array[table[source // BLOCK], :, source % BLOCK]
             if index % 2 == 0:
                 angles = (start - end) * self._config.rope_frequencies(index // 2, self._n_ctx)
-                moved = turn_keys(self._config, moved.astype(np.float32), angles)
+                moved = turn_keys(self._config, moved, angles)
             array[table[target // BLOCK], :, target % BLOCK] = moved
 
     def resize(self, n_ctx: int, capacity: int) -> None:
@@ -177,8 +177,7 @@ class PagedCache:
         for layer, keys in enumerate(pool.arrays[::2]):
             old, new = (self._config.rope_frequencies(layer, window) for window in (self._n_ctx, n_ctx))
             if not np.array_equal(old, new):
-                held = keys[blocks].astype(np.float32)
-                keys[blocks] = turn_keys(self._config, held, positions * (new - old))
+                keys[blocks] = turn_keys(self._config, keys[blocks], positions * (new - old))
 
     def _own(self, first: int, end: int) -> None:
         """Make the table `end` blocks long, and those from number `first` on nobody else's. Raises MemoryError."""

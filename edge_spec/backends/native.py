@@ -62,7 +62,9 @@ class NativeModel(ContiguousModel):
         if kv not in _KINDS:
             raise UsageError(f"kv={kv!r}: choose one of {', '.join(_KINDS)}")
         if config.head_dim > MOST_DIM:
-            raise UnsupportedArchitectureError(f"{name} has heads of {config.head_dim} numbers; at most {MOST_DIM}")
+            raise UnsupportedArchitectureError(
+                f"{name} has heads of {config.head_dim} numbers; at most {MOST_DIM}: run it on the onnx backend"
+            )
         kind = _KINDS[kv]
         max_rows = min(round_up(max_rows, MAX_ALIGNMENT), CHUNK - MAX_ALIGNMENT)  # one chunk has them all, padded too
         spec = ModelSpec(
